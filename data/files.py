@@ -45,8 +45,11 @@ def find_files(paths):
 
 def open_bytes(path):
     """Open a plain, .gz, .xz, .bz2 or .zst file for reading bytes, decompressed as a stream."""
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zst}
-    return openers.get(Path(path).suffix, open)(path, "rb")
+    return _unpacker(path, open)(path, "rb")
+
+
+def _unpacker(path, otherwise):
+    return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zst}.get(Path(path).suffix, otherwise)
 
 
 def _open_zst(path, mode):
@@ -56,24 +59,29 @@ def _open_zst(path, mode):
     try:
         import zstandard
     except ImportError:
-        raise InputError(f"{path}: reading .zst needs one more package: pip install zstandard") from None
+        raise InputError(f"{getattr(path, 'name', path)}: reading .zst needs one more package: pip install zstandard") from None
     return zstandard.open(path, mode)
 
 
-def read_lines(path):
+def read_lines(path, progress=None):
     """Yield (line number from 1, line as bytes without its end) of a possibly compressed file.
 
+    `progress`, a tqdm bar, is moved on by the bytes read from disk, compressed ones where the file is compressed.
     Raises InputError with file and line where the compressed stream is damaged or cut.
     """
     number = 0
     try:
-        with open_bytes(path) as file:
+        with open(path, "rb") as disk, _unpacker(path, lambda file, mode: file)(disk, "rb") as file:
+            done = 0
             for number, line in enumerate(file, 1):
+                if progress is not None:
+                    progress.update(disk.tell() - done)
+                    done = disk.tell()
                 yield number, line.rstrip(b"\r\n")
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{path}:{number + 1}: the compressed file is damaged or cut ({error}); fetch it again") from None
     except Exception as error:
-        if type(error).__name__ == "ZstdError":
+        if type(error).__name__ == "ZstdError" or isinstance(error, OSError) and error.errno is None:  # bz2's is an OSError
             raise InputError(f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again") from None
         raise
 
@@ -108,11 +116,11 @@ def content_key(paths, *settings):
     """
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
-        digest.update(_file_digest(path))
+        digest.update(file_digest(path))
     return digest.hexdigest()[:20]
 
 
-def _file_digest(path):
+def file_digest(path):
     stat = os.stat(path)
     name = hashlib.sha256(repr((os.path.realpath(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:32]
     memo = cache_dir() / "digests" / name

@@ -1,0 +1,179 @@
+"""A run's state on disk. A checkpoint is a folder that is also a Hugging Face model folder:
+
+    config.json, model.safetensors    loadable by transformers: LlamaForCausalLM, or LlamaForSequenceClassification for a PM
+    tokenizer.tiktoken                base64 token and rank on each line; <eot> and <eoc> are the two ids after the last
+    meta.json                         kind, objective, step, flags, metrics, what it was trained on, versions
+    train_state.pt                    optimizer state, for --resume
+
+A run writes OUT/step-N beside its place and renames it in, once, so a crash at any moment leaves the last good one. When
+the run is done its files become OUT's own.
+"""
+import json
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from data.errors import InputError
+from data.files import write_file
+from data.tokenizer import Tokenizer
+from model import GPT, Config
+
+FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "train_state.pt", "meta.json")  # meta.json last: it ends a copy
+
+
+def hf_config(config, eot):
+    """A Config in the words of transformers' LlamaConfig."""
+    head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"},
+            "label2id": {"reward": 0}} if config.value_head else {"architectures": ["LlamaForCausalLM"]}
+    return {
+        **head, "model_type": "llama", "hidden_size": config.d_model, "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "num_key_value_heads": config.n_head,
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.ctx, "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "bos_token_id": None, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": "float32"}
+
+
+def read_config(path):
+    try:
+        hf = json.loads(Path(path).read_text())
+        config = Config(
+            n_layer=hf["num_hidden_layers"], d_model=hf["hidden_size"], n_head=hf["num_attention_heads"],
+            vocab_size=hf["vocab_size"], ctx=hf["max_position_embeddings"], tied=hf["tie_word_embeddings"],
+            value_head="LlamaForSequenceClassification" in hf["architectures"], rope_theta=hf["rope_theta"],
+            norm_eps=hf["rms_norm_eps"])
+        if hf["intermediate_size"] != config.d_ff or hf["num_key_value_heads"] != config.n_head:
+            raise InputError(f"{path}: not a model of this project (its MLP has width {hf['intermediate_size']}, "
+                             f"{hf['num_key_value_heads']} key heads; here {config.d_ff} and {config.n_head})")
+        return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a config this project can read ({type(error).__name__}: {error})") from None
+
+
+def find(folder):
+    """The folder that holds the newest whole checkpoint of a run: OUT/step-N if there is one, else OUT itself."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint folder")
+    steps = sorted((int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", p.name)))
+    if steps:
+        return steps[-1][1]
+    if not (folder / "meta.json").is_file():
+        raise InputError(f"{folder}: no checkpoint in this folder (a checkpoint holds {', '.join(FILES)})")
+    return folder
+
+
+def load(folder, value_head=None, seed=0):
+    """(model, tokenizer, meta) of a run's newest checkpoint; strict, and nothing but tensors and JSON is read.
+
+    value_head: None takes the model as it is; True adds a fresh head, drawn from `seed`, to a language model; False leaves a head out.
+    Raises InputError naming the file for anything missing, damaged or of another shape.
+    """
+    folder = find(folder)
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer.load(folder)
+    meta = _read_meta(folder / "meta.json")
+    path = folder / "model.safetensors"
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of {config.vocab_size}: "
+                         "these two files are not of one model")
+    if meta.get("tokenizer") != tokenizer.key:
+        raise InputError(f"{folder}/tokenizer.tiktoken: not the tokenizer that this model was trained with")
+    try:
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from None
+    has_head = config.value_head
+    config.value_head = has_head if value_head is None else value_head
+    with torch.device("meta"):
+        model = GPT(config)
+    if config.value_head and not has_head:
+        model.score.to_empty(device="cpu")
+        state["score.weight"] = model.score.weight.detach().normal_(
+            std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+    if has_head and not config.value_head:
+        del state["score.weight"]
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit config.json: {str(error).splitlines()[1].strip()}") from None
+    return model, tokenizer, meta
+
+
+def _read_meta(path):
+    try:
+        meta = json.loads(path.read_text())
+        meta["step"], meta["kind"]
+        return meta
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: missing or damaged ({type(error).__name__}: {error})") from None
+
+
+def load_train_state(folder):
+    path = find(folder) / "train_state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a different type for each way a file can be damaged
+        raise InputError(f"{path}: missing or damaged, so this run cannot go on ({str(error)[:80]})") from None
+
+
+def save(out, model, tokenizer, meta, train_state):
+    """Write OUT/step-N, whole or not at all, and then remove older ones. N is meta["step"]."""
+    out = Path(out)
+    place, partial = out / f"step-{meta['step']}", out / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_file(partial / "config.json", json.dumps(hf_config(model.config, tokenizer.eot), indent=1))
+        safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors",
+                                    metadata={"format": "pt"})
+        tokenizer.save(partial)
+        torch.save(train_state, partial / "train_state.pt")
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        write_file(partial / "meta.json", json.dumps({**meta, "tokenizer": tokenizer.key, "versions": versions}, indent=1))
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(partial, place)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{out}: the checkpoint could not be written ({error}); the one before it is whole") from None
+    except RuntimeError as error:  # torch.save reports a full disk so
+        if "writ" not in str(error):
+            raise
+        raise InputError(f"{out}: the checkpoint could not be written (is the disk full?); the one before it is whole") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for path in out.glob("step-*"):
+        if path != place and re.fullmatch(r"step-\d+", path.name):
+            _remove(path)
+
+
+def finish(out):
+    """Make the newest checkpoint's files OUT's own. Until the last is in place, OUT/step-N remains what `find` returns."""
+    out = Path(out)
+    newest = find(out)
+    if newest == out:
+        return
+    for name in FILES:
+        link = out / f"{name}.new"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(newest / name, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(newest / name, link)
+        os.replace(link, out / name)
+    _remove(newest)
+
+
+def _remove(folder):
+    """Take a checkpoint out of `find`'s sight with one rename, then delete it."""
+    gone = folder.with_name("removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)

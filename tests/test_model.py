@@ -1,0 +1,215 @@
+"""The model's ways of computing one thing are equal: causal, packed and cached; in fp64 to 1e-12, gradients too."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from model import Cache, Config, GPT, Layout, cross_entropy, generate, sample, stream
+
+
+def make_model(value_head=False, vocab=101, ctx=2048, tied=True, **shape):
+    config = Config(**{"n_layer": 2, "d_model": 32, "n_head": 2, **shape}, vocab_size=vocab, ctx=ctx, value_head=value_head, tied=tied)
+    model = GPT(config).init_weights(seed=1).double()
+    with torch.no_grad():  # norms away from 1, larger weights: nothing is equal by being trivial
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+    model.dtype = torch.float64
+    return model
+
+
+def naive(model, tokens):
+    """The transformer written again in the plainest way, as a check: one sequence (T,) -> hidden (T, d)."""
+    c = model.config
+    x, T = model.model.embed_tokens.weight[tokens], len(tokens)
+    half = c.d_model // c.n_head // 2
+    angle = torch.arange(T, dtype=x.dtype)[:, None] * c.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def turn(h):
+        return h * cos + torch.cat([-h[:, half:], h[:, :half]], -1) * sin
+
+    for block in model.model.layers:
+        h, a, m = norm(x, block.input_layernorm.weight), block.self_attn, block.mlp
+        heads = []
+        for i in range(c.n_head):
+            s = slice(i * 2 * half, (i + 1) * 2 * half)
+            q, k, v = turn(h @ a.q_proj.weight[s].T), turn(h @ a.k_proj.weight[s].T), h @ a.v_proj.weight[s].T
+            scores = (q @ k.T / (2 * half) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ a.o_proj.weight.T
+        h = norm(x, block.post_attention_layernorm.weight)
+        x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+    return norm(x, model.model.norm.weight)
+
+
+def random_comparisons(seed, sizes):
+    """[(context, [completion, …])] with the given numbers of completions and random lengths."""
+    rng = np.random.default_rng(seed)
+    draw = lambda n: torch.from_numpy(rng.integers(0, 101, n))
+    return [(draw(rng.integers(1, 60)), [draw(rng.integers(1, 40)) for _ in range(n)]) for n in sizes]
+
+
+def packed(comparisons):
+    tokens, lengths, parents = [], [], []
+    for context, completions in comparisons:
+        parent = len(lengths)
+        for part in (context, *completions):
+            tokens.append(part)
+            lengths.append(len(part))
+            parents.append(parent)
+    return torch.cat(tokens), Layout(lengths, parents)
+
+
+LONG = [(torch.arange(700) % 101, [torch.arange(90) % 97, torch.arange(300) % 89, torch.arange(40) % 31, torch.arange(400) % 61])]
+CASES = {"two each": random_comparisons(0, [2] * 7), "two to five": random_comparisons(1, [2, 3, 4, 5, 2]), "one": random_comparisons(2, [1]),
+         "longer than a tile": LONG, "long between short": random_comparisons(3, [2, 2]) + LONG + random_comparisons(4, [3])}
+
+
+def same(a, b):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
+
+
+def test_causal_equals_the_naive_transformer():
+    model, tokens = make_model(), torch.randint(101, (3, 300), generator=torch.Generator().manual_seed(0))
+    same(model(tokens), torch.stack([naive(model, row) for row in tokens]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_rewards_and_gradients_equal_separate_forwards(case):
+    model, comparisons = make_model(value_head=True), CASES[case]
+    tokens, layout = packed(comparisons)
+    ends = [layout.starts[i + 1] - 1 for i, p in enumerate(layout.parents) if p != i]
+    together = model.rewards(model(tokens, layout)[ends])
+    weight = torch.arange(1.0, len(ends) + 1, dtype=torch.float64)
+    gradient = torch.autograd.grad((together * weight).sum(), list(model.parameters()))
+    alone = torch.stack([model.rewards(naive(model, torch.cat([context, c]))[-1]) for context, cs in comparisons for c in cs])
+    same(together, alone)
+    for got, expected in zip(gradient, torch.autograd.grad((alone * weight).sum(), list(model.parameters()))):
+        same(got, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_path_reads_the_same_keys(case, monkeypatch):
+    """Variable-length attention runs on CUDA only; here a plain stand-in with its contract shows that what we give it is right."""
+    def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
+        assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+        out = []
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+            assert b - a <= max_q and d - c <= max_k
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned to the last key
+            parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1))
+        return torch.cat(out)
+    model = make_model()
+    tokens, layout = packed(CASES[case])
+    expected = model(tokens, layout)
+    monkeypatch.setattr(model_module, "varlen_attn", plain)
+    monkeypatch.setattr(model_module, "use_varlen", lambda q: True)
+    same(model(tokens, layout), expected)
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 30, (7, 1, 13, 9), (30,)])
+def test_cache_equals_causal(chunks):
+    model, tokens = make_model(), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
+    cache = Cache(30)
+    with torch.no_grad():
+        out = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, 1)], 1)
+        same(out, model(tokens))
+
+
+def test_shared_prefix_equals_whole_sequences():
+    model, g = make_model(), torch.Generator().manual_seed(0)
+    prompt, own = torch.randint(101, (1, 40), generator=g), torch.randint(101, (3, 9), generator=g)
+    whole = model(torch.cat([prompt.expand(3, -1), own], 1))[:, 40:]
+    with torch.no_grad():
+        cache = Cache(40)
+        model(prompt, cache=cache)
+        cache.fork(3, 9)
+        parts = [model(x, cache=cache) for x in own[:, :4].split(1, 1)] + [model(own[:, 4:6], cache=cache)]
+        cache.keep(torch.tensor([0, 2]))
+        parts = [torch.cat(parts, 1)[[0, 2]], model(own[[0, 2], 6:], cache=cache)]
+        same(torch.cat(parts, 1), whole[[0, 2]])
+        assert all(k.shape[1] == 40 for k, v in cache.prefix)  # one copy, whatever n
+
+
+def test_prefix_can_be_extended_and_forked_again():
+    model, tokens = make_model(), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = Cache(10)
+        model(tokens[:, :10], cache=cache)
+        cache.fork(1, 12)
+        model(tokens[:, 10:22], cache=cache)
+        cache.fork(2, 8)
+        same(model(tokens[:, 22:].expand(2, -1), cache=cache), model(tokens).expand(2, -1, -1)[:, 22:])
+
+
+def test_generate_greedy_equals_recomputing_everything():
+    model, prompt = make_model(), torch.arange(5)
+    expected = prompt
+    for _ in range(12):
+        expected = torch.cat([expected, model.logits(model(expected[None]))[0, -1].argmax()[None]])
+    assert generate(model, prompt, n=2, max_new=12, temperature=0) == [expected[5:].tolist()] * 2
+
+
+def test_generate_stops_each_sample_by_itself_and_follows_the_distribution():
+    model = make_model()
+    g = torch.Generator().manual_seed(0)
+    samples = generate(model, torch.arange(5), n=400, max_new=6, stop=range(60), generator=g, n_vocab=90)
+    for s in samples:
+        assert all(t >= 60 for t in s[:-1]) and (s[-1] < 60 or len(s) == 6) and max(s) < 90
+    expected = model.logits(model(torch.arange(5)[None]))[0, -1, :90].softmax(-1)
+    seen = np.bincount([s[0] for s in samples], minlength=90) / 400
+    assert np.abs(seen - expected.detach().numpy()).max() < 0.1
+    second = {s[0] for s in samples if len(s) > 1}
+    assert all(t >= 60 for t in second)
+
+
+def test_generate_refuses_a_prompt_without_room():
+    with pytest.raises(ValueError, match="no room"):
+        generate(make_model(ctx=8), torch.arange(8))
+
+
+def test_top_p_and_temperature():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2000, -1)
+    g = torch.Generator().manual_seed(0)
+    assert set(sample(p.log(), 1.0, 0.79, g).tolist()) == {0, 1}
+    assert set(sample(p.log(), 1.0, 0.81, g).tolist()) == {0, 1, 2}
+    assert sample(p.log(), 0, 1.0, g).unique().tolist() == [0]
+    cold = sample(p.log(), 0.5, 1.0, g).bincount(minlength=4) / 2000
+    assert torch.allclose(cold, p[0] ** 2 / (p[0] ** 2).sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_cross_entropy_equals_the_plain_one(tied):
+    model = make_model(tied=tied, vocab=5000)
+    tokens = torch.randint(5000, (1, 901), generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(900, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    total, losses = model.token_losses(model(tokens[:, :-1])[0], tokens[0, 1:], weight)
+    plain = F.cross_entropy(model.logits(model(tokens[:, :-1]))[0], tokens[0, 1:], reduction="none")
+    same(losses, plain)
+    parameters = list(model.parameters())
+    for got, expected in zip(torch.autograd.grad(total * 3, parameters), torch.autograd.grad((plain * weight).sum() * 3, parameters)):
+        same(got, expected)
+
+
+def test_sizes_are_the_papers():
+    for name, millions in {"13m": 12.58, "42m": 42.47, "197m": 196.6, "810m": 805.3, "2.7b": 2718, "13b": 12580, "52b": 51540}.items():
+        layers, width, heads = model_module.SIZES[name]
+        assert abs(12 * layers * width**2 / 1e6 / millions - 1) < 0.001 and width == 128 * layers and width % heads == 0
+        with torch.device("meta"):
+            blocks, _ = GPT(Config(layers, width, heads, 64, 8)).n_params()
+        assert abs(blocks / (12 * layers * width**2) - 1) < 0.03
+
+
+def test_bf16_is_near_fp32():
+    model = GPT(Config(4, 64, 2, 101, 512, value_head=True)).init_weights(0)
+    tokens, layout = packed(CASES["two each"])
+    exact = model(tokens, layout)
+    model.dtype = torch.bfloat16
+    assert (model(tokens, layout) - exact).abs().max() < 0.05 * exact.abs().max()
+    assert model.rewards(model(tokens, layout)).dtype == torch.float32

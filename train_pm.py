@@ -1,0 +1,223 @@
+"""Train a preference model, or the imitation baseline, on comparisons (Sections 3 and 4 of the paper).
+
+  python train_pm.py --init out/lm --out out/pm                                        the toy world's comparisons
+  python train_pm.py --init out/lm --data hh-rlhf/harmless-base/train.jsonl.gz --out out/pm
+  python train_pm.py --init out/lm --data FILE --objective imitation --out out/imitation
+  torchrun --nproc_per_node 8 train_pm.py --size 1b --out out/pm-1b
+
+Objectives:
+  ranked     L = log(1 + exp(r_worse - r_better)) over the pairs of completions with different scores
+  binary     each completion by itself: good if its score is above 0, L = log(1 + exp(-r)) if good, log(1 + exp(r)) if not
+  imitation  cross-entropy of the best completion; no value head; scored by mean log-prob per token
+"""
+import argparse
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import trainer
+from data import toy
+from data.comparisons import load_comparisons
+from data.errors import InputError, run_main
+from data.packing import balance, make_row, pack, step_examples
+from data.tokenizer import get_tokenizer
+from evals import pm
+from model import SIZES
+
+STAGES = {"pmp": (0.1, 512), "finetune": (0.01, 32)}  # learning rate as a multiple of the LM's; comparisons a step (Section 4)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy (default: toy)")
+    parser.add_argument("--init", help="checkpoint folder to start from: a language model or a preference model")
+    parser.add_argument("--size", choices=SIZES, default="0.8m", help="of a fresh model where there is no --init (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="bytes", help="of a fresh model: bytes, gpt2 or a .tiktoken file (default: %(default)s)")
+    parser.add_argument("--ctx", type=trainer.positive(int), help="tokens a context and one completion may take together; longer contexts are cut on "
+                        "the left (default: 1024, or less if --init has less)")
+    parser.add_argument("--objective", choices=("ranked", "binary", "imitation"), default="ranked", help="see above (default: %(default)s)")
+    parser.add_argument("--stage", choices=STAGES, default="finetune", help="sets the paper's learning rate, as a multiple of the LM's, and batch: "
+                        + ", ".join(f"{k} {lr} and {b}" for k, (lr, b) in STAGES.items()) + " (default: %(default)s)")
+    parser.add_argument("--pairs_per_group", choices=("all", "1"), default="all", help="pairs taken from a comparison of several completions: all, weighted so "
+                        "that each comparison counts once, or one at random each epoch (default: %(default)s)")
+    parser.add_argument("--lm_weight", type=float, default=0.0, help="weight of the LM loss on the best completion, added to the preference loss (default: %(default)s)")
+    parser.add_argument("--pairs", type=trainer.positive(int), help="train on this many comparisons, drawn by --seed (default: all)")
+    parser.add_argument("--held_out", type=float, default=0.1, help="part of the groups that is held out for evaluation, 0 to 1 (default: %(default)s)")
+    trainer.add_training_flags(parser, batch=None, batch_unit="comparisons", lr="the stage's multiple of the rate of the LM that --init comes from",
+                               schedule="constant", warmup=0.0)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if not 0 <= args.held_out < 1:
+        raise InputError(f"--held_out {args.held_out}: give a part from 0 up to, not including, 1")
+    ranks = trainer.start(args.device)
+    files = toy.find_data(args.data, "binary.jsonl" if args.objective == "binary" else "ranked.jsonl")
+    wants_head = args.objective != "imitation"
+    model, tokenizer, meta, is_resumed = build_model(args, files, wants_head)
+    model.dtype = trainer.pick_dtype(args.dtype, ranks.device)
+    if not model.config.tied and not (args.lm_weight or args.objective == "imitation"):
+        model.lm_head.requires_grad_(False)  # nothing trains it
+    data = load_comparisons(files, tokenizer, quiet=not ranks.main())
+    train, held_out, lines = split(args, data, model.config.ctx)
+    for line in lines:
+        ranks.say(line)
+
+    lr_scale, stage_batch = STAGES[args.stage]
+    batch = args.batch or stage_batch
+    lm_lr = (meta or {}).get("lm_lr") or 3e-3 * (128 / model.config.d_model) ** 0.5
+    lr = args.lr or lr_scale * lm_lr
+    per_epoch = -(-len(train) // batch)
+    n_steps = args.steps or math.ceil(args.epochs * per_epoch)
+    at_once = trainer.micro_tokens(args, model, ranks.device)
+    ctx = model.config.ctx
+
+    def micro_batches(step):
+        epoch, numbers = step_examples(len(train), batch, args.seed, step)
+        examples = train[numbers]
+        chosen = [choose(data.scores(i), args, epoch, i) for i in examples]
+        lengths = data.packed_lengths(examples, chosen, ctx)
+        mine = balance(lengths, ranks.world)[ranks.rank]
+        rows = pack([lengths[j] for j in mine], at_once)
+        return [make_row(data, examples[[mine[j] for j in row]], [chosen[mine[j]] for j in row], ctx, tokenizer).to(ranks.device)
+                for row in rows]
+
+    def loss(net, row):
+        return comparison_loss(model, net(row.tokens, row.layout), row, args.objective, args.lm_weight)
+
+    def evaluate(net):
+        return held_out_figures(model, data, held_out, args.objective, ctx, tokenizer, at_once, ranks)
+
+    def where(row):
+        return ", ".join(data.where(i) for i in row.examples)
+
+    tokens = sum(data.packed_lengths(train[:1000], [None] * len(train[:1000]), ctx)) / len(train[:1000])
+    trainer.print_plan(args, ranks, model, n_steps, lr, at_once, [
+        f"data: {len(train):,} training comparisons, {len(held_out):,} held out; a step: {batch} comparisons, about "
+        f"{batch * tokens:,.0f} tokens; an epoch: {per_epoch:,} steps"])
+    trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
+                  where=where, unit="comparisons", resumed_from=meta if is_resumed else None,
+                  meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
+                        "trained_on": trainer.trained_on(meta, files, args.held_out)})
+
+
+def build_model(args, files, wants_head):
+    """(model, tokenizer, earlier meta, whether resumed)."""
+    earlier = trainer.resumed(args, "pm" if wants_head else "lm")
+    if earlier:
+        return *earlier, True
+    if args.init:
+        model, tokenizer, meta = checkpoint.load(args.init, value_head=wants_head, seed=args.seed)
+        model.config.ctx = args.ctx or min(1024, model.config.ctx)
+        return model, tokenizer, meta, False
+    tokenizer = get_tokenizer(args.tokenizer, toy.find_data(["toy"], "lm.jsonl") if args.data == ["toy"] else ())
+    return trainer.fresh_model(args, tokenizer, args.ctx or 1024, wants_head), tokenizer, None, False
+
+
+def split(args, data, ctx):
+    """(training comparisons, held-out comparisons, what to tell): numbers of comparisons that fit and have something to learn."""
+    fits, held = data.fits(ctx), data.held_out(args.held_out)
+    usable = fits & (data.differ() if args.objective == "ranked" else True)
+    train, held_out = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
+    lines = [f"left out: {int((~fits).sum())} comparisons with a completion longer than --ctx {ctx}, "
+             f"{int((fits & ~usable).sum())} whose scores are all equal"] if not usable.all() else []
+    if args.objective == "binary" and len(train):
+        labels = data.segment_scores[np.setdiff1d(np.arange(len(data.segment_scores)), data.first)] > 0
+        if labels.all() or not labels.any():
+            raise InputError(f"{data.files[0]}: every completion is {'good' if labels.all() else 'bad'} (score above 0 or not); "
+                             "--objective binary needs both; --objective ranked goes by the order of scores")
+    if args.pairs and args.pairs < len(train):
+        train = np.sort(np.random.default_rng([args.seed, 1]).choice(train, args.pairs, replace=False))
+    elif args.pairs and args.pairs > len(train):
+        raise InputError(f"--pairs {args.pairs}: there are only {len(train)} training comparisons")
+    if not len(train):
+        raise InputError(f"{data.files[0]}: no comparison to train on is left at --ctx {ctx} and --held_out {args.held_out}")
+    return train, held_out, lines
+
+
+def choose(scores, args, epoch, example):
+    """Which completions of a comparison are laid out: None for all. Pure in (seed, epoch, example)."""
+    if args.objective == "imitation":
+        return [int(np.argmax(scores))]
+    if args.objective == "ranked" and args.pairs_per_group == "1" and len(scores) > 2:
+        better, worse = np.nonzero(scores[:, None] > scores)
+        pick = np.random.default_rng([args.seed, epoch, int(example)]).integers(len(better))
+        return sorted((int(better[pick]), int(worse[pick])))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+
+
+def ranked_loss(r_better, r_worse):
+    """log(1 + exp(r_worse - r_better)) of each pair (P,), in nats; P(better > worse) = sigmoid(r_better - r_worse) (Section 2.1)."""
+    return F.softplus(r_worse - r_better)
+
+
+def binary_loss(rewards, good):
+    """-log sigmoid(r) of good completions, -log sigmoid(-r) of bad ones: rewards (K,), good (K,) bool -> (K,), in nats."""
+    return F.softplus(torch.where(good, -rewards, rewards))
+
+
+def ranked_pairs(owner, scores):
+    """All pairs (better, worse, weight), each (P,), of completions of one comparison with different scores; a comparison's weights sum to 1."""
+    better, worse = ((owner[:, None] == owner) & (scores[:, None] > scores)).nonzero(as_tuple=True)
+    per_comparison = torch.bincount(owner[better], minlength=int(owner.max()) + 1)
+    return better, worse, 1.0 / per_comparison[owner[better]]
+
+
+def comparison_loss(model, hidden, row, objective, lm_weight=0.0):
+    """(sum, count, metrics) of one packed row with hidden states (T, d_model).
+
+    Counts comparisons (ranked), completions (binary) or tokens (imitation). The LM term, if any, is the mean loss a token of
+    a comparison's best completion: once a comparison, whatever the objective counts.
+    """
+    if objective == "imitation":
+        return best_completion_loss(model, hidden, row, per_comparison=False)
+    rewards = model.rewards(hidden[row.ends])
+    if objective == "ranked":
+        better, worse, weight = ranked_pairs(row.owner, row.scores)
+        right = (rewards[better] > rewards[worse]).float() + 0.5 * (rewards[better] == rewards[worse])
+        total, count, accuracy = (weight * ranked_loss(rewards[better], rewards[worse])).sum(), len(row.examples), (weight * right).sum()
+    else:
+        good = row.scores > 0
+        total, count, accuracy = binary_loss(rewards, good).sum(), len(rewards), ((rewards > 0) == good).float().sum()
+    if lm_weight:
+        total = total + lm_weight * best_completion_loss(model, hidden, row, per_comparison=True)[0]
+    return total, count, {"accuracy": accuracy.item()}
+
+
+def best_completion_loss(model, hidden, row, per_comparison):
+    """Cross-entropy of each comparison's best completion with its <eoc>, in nats: (sum, count of tokens, {}). With
+    per_comparison each completion's tokens are averaged first, so the sum is over comparisons."""
+    source, target, completion = row.completion_tokens()
+    keep = row.best[completion]
+    source, target, completion = source[keep], target[keep], completion[keep]
+    weight = 1.0 / (row.ends - row.starts + 1)[completion] if per_comparison else None
+    return model.token_losses(hidden[source], row.tokens[target], weight)[0], len(target), {}
+
+
+def held_out_figures(model, data, examples, objective, ctx, tokenizer, at_once, ranks):
+    """Loss and accuracy on held-out comparisons: by reward, for imitation by mean log-prob per token. Ties count half."""
+    loss = count = right = ranked = 0.0
+    whole = [None] * len(examples)
+    for numbers in pack(data.packed_lengths(examples, whole, ctx), at_once)[ranks.rank::ranks.world]:
+        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer).to(ranks.device)
+        hidden = model(row.tokens, row.layout)
+        row_loss, row_count, _ = comparison_loss(model, hidden, row, objective)
+        scores = pm.completion_scores(model, hidden, row, "mean" if objective == "imitation" else "reward")
+        better, worse, weight = ranked_pairs(row.owner, row.scores)
+        margin = scores[better] - scores[worse]
+        loss, count = loss + row_loss.item(), count + row_count
+        right, ranked = right + (weight * ((margin > 0) + 0.5 * (margin == 0))).sum().item(), ranked + weight.sum().item()
+    loss, count, right, ranked = ranks.sum([loss, count, right, ranked])
+    return {"loss": loss / count, "accuracy": right / ranked, "comparisons": round(ranked)} if ranked else {}
+
+
+if __name__ == "__main__":
+    run_main(main)
