@@ -17,6 +17,8 @@ from data.text import lm_windows, load_text
 from data.tokenizer import get_tokenizer
 from model import SIZES
 
+EVAL_TOKENS = 2**18  # held-out tokens that an evaluation reads at most
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +72,7 @@ def main():
         return total, targets.numel(), {}
 
     def evaluate(net):
-        return held_out_loss(net, held_out, min(ctx, len(held_out.tokens) - 1), at_once, ranks)
+        return held_out_loss(net, held_out, tokenizer, min(ctx, len(held_out.tokens) - 1), at_once, ranks)
 
     def where(batch):
         return f"{len(batch)} windows, the first beginning {tokenizer.decode(batch[0, :12].tolist())!r}"
@@ -88,19 +90,20 @@ def windows(text, starts, ctx, device):
     return torch.stack([torch.from_numpy(text.tokens[s:s + ctx + 1].astype("int64")) for s in starts.tolist()]).to(device)
 
 
-def held_out_loss(model, text, ctx, at_once, ranks):
-    """Mean loss over the whole held-out stream, in nats/token and bits/byte; every token but the first is predicted once,
-    with on average half a window of context."""
-    n = len(text.tokens)
-    starts = list(range(0, n - 1, ctx))[ranks.rank::ranks.world]
-    total = 0.0
-    full = [s for s in starts if s + ctx < n]
-    batches = [torch.tensor(full[i:i + at_once]) for i in range(0, len(full), at_once)]
-    for batch in [windows(text, b, ctx, ranks.device) for b in batches] + [
-            torch.from_numpy(text.tokens[s:].astype("int64"))[None].to(ranks.device) for s in starts if s + ctx >= n]:
-        total += model.token_losses(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].reshape(-1))[0].item()
-    total, = ranks.sum([total])
-    return {"loss": total / (n - 1), "bits_per_byte": total / math.log(2) / text.n_bytes, "tokens": n - 1}
+def held_out_loss(model, text, tokenizer, ctx, at_once, ranks):
+    """Mean loss in nats/token and bits/byte on windows of ctx tokens spread evenly over the held-out stream: all of it where
+    it has at most EVAL_TOKENS tokens."""
+    starts = range(0, len(text.tokens) - ctx, ctx)
+    starts = starts[::-(-len(starts) * ctx // EVAL_TOKENS)]
+    mine, total, n_bytes = torch.tensor(starts[ranks.rank::ranks.world]), 0.0, 0
+    for part in mine.split(at_once):
+        batch = windows(text, part, ctx, ranks.device)
+        targets = batch[:, 1:].reshape(-1)
+        total += model.token_losses(model(batch[:, :-1]).flatten(0, 1), targets)[0].item()
+        n_bytes += tokenizer.count_bytes(targets.cpu().numpy())
+    total, n_bytes = ranks.sum([total, n_bytes])
+    n = len(starts) * ctx
+    return {"loss": total / n, "bits_per_byte": total / math.log(2) / n_bytes, "tokens": n}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def read_lines(path, progress=None):
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{path}:{number + 1}: the compressed file is damaged or cut ({error}); fetch it again") from None
     except Exception as error:
-        if type(error).__name__ == "ZstdError" or isinstance(error, OSError) and error.errno is None:  # bz2's is an OSError
+        if type(error).__name__ == "ZstdError" or isinstance(error, OSError) and error.errno is None:  # from bz2
             raise InputError(f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again") from None
         raise
 

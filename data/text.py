@@ -13,7 +13,7 @@ from data.errors import InputError
 from data.files import PACKED, build_once, content_key, parse_json, read_lines, write_file
 
 EOT, EOC = "<eot>", "<eoc>"  # ends a document; ends a comparison's completion (the paper's end-of-context token)
-PIECE = 2**20  # a .txt file is one document however large it is, so it is passed on in pieces of about this many characters
+PIECE = 2**20  # characters: a .txt file is one document, however large, so it is passed on in pieces of about this size
 VERSION = 1  # of the caches below: raise it when their content changes
 SIDES = ("train", "held_out")
 
@@ -27,7 +27,7 @@ class Text:
 
 
 def valid_unicode(text):
-    """`text` with each half of a surrogate pair, which JSON can smuggle in and UTF-8 cannot hold, replaced by U+FFFD."""
+    """`text` with half surrogate pairs, which JSON can smuggle in and UTF-8 cannot hold, replaced by U+FFFD."""
     try:
         text.encode()
         return text
@@ -44,8 +44,8 @@ def read_texts(files, progress=None):
     """Yield (path, line number, text) for the documents of JSON-lines files ({"text": …}) and of .txt files.
 
     A .txt file is one document, given in pieces of about 1 MB that join to the whole (see read_pieces). A document may
-    be empty. Raises InputError, naming file and line: not UTF-8, no "text", wrong type, a special token in the text, and
-    for a file that holds no document.
+    be empty. Raises InputError with file and line: not UTF-8, not JSON, no "text", a "text" that is no string, a special
+    token in the text; and for a file that holds no document.
     """
     for path, number, text, _ in read_pieces(files, progress):
         yield path, number, text
@@ -58,8 +58,10 @@ def read_pieces(files, progress=None):
         number = 0
         for number, text, ends in (_txt_pieces if is_plain else _json_texts)(path, progress):
             if special := find_special(text):
-                raise InputError(f"{path}:{number}: the text holds {special}, a special token; write it differently there, "
-                                 f"for example {special[:-1]} >")
+                if is_plain:
+                    number += text.count("\n", 0, text.index(special))
+                raise InputError(f"{path}:{number}: the text holds {special}, a special token; write it differently "
+                                 f"there, for example {special[:-1]} >")
             yield path, number, text, ends
         if number == 0:
             raise InputError(f"{path}: no documents in this file")
@@ -71,8 +73,8 @@ def _json_texts(path, progress):
             continue
         record = parse_json(path, number, line)
         if "text" not in record:
-            raise InputError(f'{path}:{number}: no "text" in this record (its keys: {", ".join(record)[:80]}); text for '
-                             'language modelling is lines of {"text": "…"}, or .txt files')
+            raise InputError(f'{path}:{number}: no "text" in this record (its keys: {", ".join(record)[:80]}); text '
+                             'for language modelling is lines of {"text": "…"}, or .txt files')
         if not isinstance(record["text"], str):
             raise InputError(f'{path}:{number}: "text" must be a string, found {str(record["text"])[:40]!r}')
         yield number, valid_unicode(record["text"]), True
@@ -90,7 +92,7 @@ def _txt_pieces(path, progress):
                              "is this a text file?") from None
         if size > PIECE and line and not line[0].isspace():
             yield first, "\n".join(lines), False
-            lines, size, first = [""], 0, number  # the empty line keeps the line end before this one
+            lines, size, first = [""], 0, number - 1  # the empty line keeps the line end before this one
         lines.append(line)
         size += len(line) + 1
     if lines:
@@ -100,9 +102,10 @@ def _txt_pieces(path, progress):
 def load_text(files, tokenizer, held_out=0.01):
     """(training Text, held-out Text) of the documents in `files`, from the cache or, once, built into it.
 
-    About the fraction `held_out` of the documents is held out. A document's own text (a .txt file's first piece) decides,
-    so its side depends neither on the order nor on the other documents, and its copies go where it goes. Where that leaves
-    a side empty, the stream's last part is held out instead. Raises InputError as read_texts does, and where all is empty.
+    About the fraction `held_out` of the documents is held out. A document's own text (a .txt file's first piece)
+    decides, so its side depends neither on the order nor on the other documents, and its copies go where it goes.
+    Where that leaves a side empty, the stream's last part is held out instead. Prints what was built. Raises InputError
+    as read_texts does, and where all documents are empty.
     """
     if not 0 < held_out < 1:
         raise InputError(f"the part of the text to hold out must lie between 0 and 1, found {held_out}")
@@ -116,14 +119,15 @@ def load_text(files, tokenizer, held_out=0.01):
 def lm_windows(text, ctx, seed, epoch):
     """Where the training windows of an epoch start, in the order of training: (n,) int64, n the same in every epoch.
 
-    A window starting at s has inputs tokens[s : s + ctx] and targets tokens[s + 1 : s + ctx + 1]. They follow one another
-    from a random offset in [0, ctx); only the last may be moved back, to end with the stream. So an epoch meets every
-    token but the first few as a target once, at another place of its window in each epoch. A pure function of (seed, epoch).
-    Raises InputError if the stream is shorter than one window.
+    A window starting at s has inputs tokens[s : s + ctx] and targets tokens[s + 1 : s + ctx + 1]. They follow one
+    another from a random offset in [0, ctx); where the last would pass the end it is moved back to end there, so that
+    every epoch has as many. Fewer than ctx tokens, at the stream's two ends, are left out. A pure function of (seed,
+    epoch). Raises InputError if the stream is shorter than one window.
     """
     n_tokens = len(text.tokens)
     if n_tokens < ctx + 1:
-        raise InputError(f"the text has {n_tokens} tokens, fewer than one window of {ctx} + 1; give a smaller --ctx or more text")
+        raise InputError(f"the text has {n_tokens} tokens, fewer than one window of {ctx} + 1; "
+                         "give a smaller --ctx or more text")
     random = np.random.default_rng((seed, epoch))
     starts = random.integers(ctx) + ctx * np.arange((n_tokens - 1) // ctx)
     return random.permutation(np.minimum(starts, n_tokens - ctx - 1))
@@ -138,7 +142,7 @@ def _build(folder, files, tokenizer, held_out):
         nonlocal n_empty
         begins = True
         for _, _, text, ends in read_pieces(files, progress):
-            if begins and ends and not text.strip():
+            if begins and ends and (not text or text.isspace()):
                 n_empty += 1
                 continue
             if begins:
@@ -161,7 +165,7 @@ def _build(folder, files, tokenizer, held_out):
             if ends:
                 file.write(eot)
     if not (train.stat().st_size or held.stat().st_size):
-        raise InputError(f"{files[0]}: all {n_empty} documents of the text files given are empty; there is nothing to train on")
+        raise InputError(f"{files[0]}: all {n_empty} documents here and in the other files are empty; give text")
     by_document = train.stat().st_size and held.stat().st_size
     if not by_document:
         _hold_out_the_end(train, held, held_out, eot.itemsize)
@@ -170,9 +174,9 @@ def _build(folder, files, tokenizer, held_out):
     write_file(folder / "meta.json", json.dumps(meta))
     n_tokens, n_held = sum(map(os.path.getsize, (train, held))) // eot.itemsize, held.stat().st_size // eot.itemsize
     n_docs, n_bytes = (sum(meta[side][count] for side in SIDES) for count in ("n_docs", "n_bytes"))
-    print(f"text: {n_docs:,} documents, {n_tokens:,} tokens, {n_bytes / n_tokens:.2f} bytes/token; {n_empty:,} empty documents "
-          f"skipped; held out: {meta['held_out']['n_docs']:,} documents, {n_held:,} tokens"
-          + ("" if by_document else " (the end of the text, as there are too few documents to choose from)"), flush=True)
+    end = "" if by_document else " (the end of the text, as there are too few documents to choose from)"
+    print(f"text: {n_docs:,} documents, {n_tokens:,} tokens, {n_bytes / n_tokens:.2f} bytes/token; {n_empty:,} empty "
+          f"documents skipped; held out: {meta['held_out']['n_docs']:,} documents, {n_held:,} tokens{end}", flush=True)
 
 
 def _side(text, held_out):

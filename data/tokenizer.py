@@ -22,9 +22,9 @@ from data.text import EOC, EOT, find_special, read_texts, valid_unicode
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 FILE = "tokenizer.tiktoken"
 BPE_VERSION = 1  # raise it when the training below changes, so that older caches are not taken for its result
-BPE_BYTES = 256 * 2**20  # text that BPE training reads at most: more changes the merges little, and costs time and memory
-GROUP = int(os.environ.get("GR","65536"))
-ACCEPTED = '"bytes", "gpt2", "bpe:N" (trained on the text given, N from 258 to 1048576), or the path of a .tiktoken file'
+BPE_BYTES = 256 * 2**20  # of text for BPE training at most: more changes the merges little, but costs time and memory
+GROUP = 2**18  # characters handed to a thread at once: many short texts would cost more to hand over than to encode
+ACCEPTED = '"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1048576), or a .tiktoken file'
 
 
 class Tokenizer:
@@ -71,50 +71,45 @@ class Tokenizer:
                 yield from under_way.popleft().result()
 
     def _encode_group(self, texts):
-        """Encoded as one string with <eot> between the texts: a call for each would wait for the interpreter's lock each time."""
+        """The ids of each text. One call for all, <eot> between them: each call may wait for the interpreter's lock."""
         joined = EOT.join(texts)
         if joined.count(EOT) >= len(texts) or EOC in joined:
             raise ValueError(f"the text holds {next(filter(None, map(find_special, texts)))}, a special token")
-        try:
-            ids = self._encode(joined)
-        except UnicodeEncodeError:
-            ids = self._encode(valid_unicode(joined))
-        ends = np.flatnonzero(ids == self.eot)
-        return [ids[start:end] for start, end in zip([0, *(ends + 1)], [*ends, len(ids)])]
-
-    def _encode(self, joined):
-        """Ids of texts joined by <eot>."""
+        joined = valid_unicode(joined)
         if len(self._tokens) == 256:  # no merges: looking up is all there is to do
-            texts = joined.split(EOT)
-            ...
+            return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)] for text in joined.split(EOT)]
         try:
-            return self._tiktoken(joined)
-        except UnicodeEncodeError:
-            raise
-        except ValueError:  # the pattern's stack is too small for a run of about a million blanks: cut there, same tokens
-            parts = re.split(r"(?<=\s{1000})(?=\s\S)", joined)
-            return np.concatenate([self._tiktoken(part) for part in parts])
+            ids = self._tiktoken(joined)
+        except ValueError:  # the pattern's stack is too small for a run of about a million blanks
+            return [self._encode_blanks(text) for text in joined.split(EOT)]
+        ends = np.flatnonzero(ids == self.eot).tolist()
+        return [ids[start:end] for start, end in zip([0] + [end + 1 for end in ends], ends + [len(ids)])]
+
+    def _encode_blanks(self, text):
+        """Cut long runs of blanks before their last one. The pattern splits there as well, so the ids are the same."""
+        cuts = [run.end() - 1 for run in re.finditer(r"\s{1000,}", text) if run.end() < len(text)]
+        return np.concatenate([self._tiktoken(text[start:end]) for start, end in zip([0] + cuts, cuts + [len(text)])])
 
     def _tiktoken(self, text):
         return self._encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=()).astype(self.dtype)
 
     def decode(self, ids):
-        """The text of `ids`. Specials show as <eot> and <eoc>; ids that do not exist and bytes that are not UTF-8 as U+FFFD."""
+        """The text of `ids`. Specials show as <eot>, <eoc>; ids that do not exist and bytes that are no UTF-8 as U+FFFD."""
         missing = "\ufffd".encode()
         return b"".join(self._shown[i] if 0 <= i < self.n_vocab else missing
                         for i in np.asarray(ids).tolist()).decode("utf-8", "replace")
 
     def count_bytes(self, ids):
-        """UTF-8 bytes of the text that `ids` stand for, specials not counted: what a loss in bits per byte divides by."""
+        """UTF-8 bytes of the text of `ids`, specials not counted: what a loss in bits per byte divides by."""
         return int(self._n_bytes[ids].sum())
 
     def save(self, folder):
-        """Write folder/tokenizer.tiktoken: base64 of a token's bytes and its rank, a line each. Specials are not stored."""
+        """Write folder/tokenizer.tiktoken: for each token but the specials a line, base64 of its bytes and its rank."""
         write_file(Path(folder) / FILE, _file_content(self._tokens))
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer that `save` wrote to `folder`. Raises InputError naming the file and line if damaged or missing."""
+        """The tokenizer that `save` wrote to `folder`. Raises InputError with file and line if damaged or missing."""
         return cls(_read_tokens(Path(folder) / FILE))
 
 
@@ -167,7 +162,8 @@ def _read_tokens(path):
             raise InputError(f"{path}:{number}: rank {number - 1} was due here, found {rank}; the file is damaged or "
                              "not in the order of its ranks")
         if ranks.setdefault(token, rank) != rank:
-            raise InputError(f"{path}:{number}: the token {token!r} has rank {ranks[token]} already; the file is damaged")
+            raise InputError(f"{path}:{number}: the token {token!r} has rank {ranks[token]} already; "
+                             "the file is damaged")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise InputError(f"{path}: no token for the byte {missing[0]}; the file is cut, or not a byte-level BPE")
@@ -179,29 +175,69 @@ def _gpt2_tokens():
     try:
         ranks = gpt2()["mergeable_ranks"]  # downloaded on first use, then in tiktoken's own cache
     except (OSError, ValueError) as error:
-        raise InputError(f"the gpt2 tokenizer could not be downloaded ({str(error)[:80]}…); without a network give the path "
-                         "of a .tiktoken file: --tokenizer PATH/gpt2.tiktoken") from None
+        raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(error).__name__}); without a network give "
+                         "the path of its .tiktoken file: --tokenizer PATH/gpt2.tiktoken") from None
     return sorted(ranks, key=ranks.get)
 
 
 def _trained(name, files):
     number = name.removeprefix("bpe:")
     if not (number.isascii() and number.isdigit() and 258 <= int(number) <= 2**20):
-        raise InputError(f"{name}: N must be a whole number from 258 (256 bytes, 2 specials) to {2**20}; give {ACCEPTED}")
+        raise InputError(f"{name}: N must be a whole number, at least 258 (256 bytes, 2 specials); give {ACCEPTED}")
     if not files:
         raise InputError(f"{name} is trained on text, and none is given: name text files, or give {ACCEPTED}")
 
     def build(folder):
-        start = time.perf_counter()
-        sample = _Sample(files)
+        start, sample = time.perf_counter(), _Sample(files)
         print(f"{name}: training on {len(files)} files", flush=True)
         tokenizer = Tokenizer(_train(sample, int(number)))
         tokenizer.save(folder)
-        print(f"{name}: trained on {sample.n_bytes / 1e6:.1f} MB of text in {time.perf_counter() - start:.0f} s", flush=True)
-        if sample.n_cut:
-            print(f"{name}: {sample.n_cut} of {len(files)} files were read in part, {BPE_BYTES >> 20} MB being enough to train on")
-        if tokenizer.n_vocab < int(number):
-            print(f"{name}: the text has no more merges, so the vocabulary has {tokenizer.n_vocab} ids instead of {number}")
+        print(f"{name}: trained on {sample.n_bytes / 1e6:.1f} MB of text in {time.perf_counter() - start:.0f} s"
+              + (f"; {sample.n_cut} files were read in part, as that is enough" if sample.n_cut else "")
+              + (f"; the text has no more merges, so there are {tokenizer.n_vocab} ids instead of {number}"
+                 if tokenizer.n_vocab < int(number) else ""), flush=True)
+
+    return Tokenizer.load(build_once(f"bpe-{number}-{content_key(files, 'bpe', int(number), BPE_VERSION)}", build))
+
+
+class _Sample:
+    """Texts to train on, BPE_BYTES of them at most: what is left of these goes to the files not read yet by their size
+    on disk. Small files come first, so that what they do not use is left for the large ones."""
+
+    def __init__(self, files):
+        self.files = sorted(files, key=os.path.getsize)
+        self.n_bytes = self.n_cut = 0
+
+    def __iter__(self):
+        on_disk = sum(map(os.path.getsize, self.files))
+        for path in self.files:
+            size = os.path.getsize(path)
+            end = self.n_bytes + (BPE_BYTES - self.n_bytes) * size / max(on_disk, 1)
+            on_disk -= size
+            for _, _, text in read_texts([path]):
+                if self.n_bytes >= end:
+                    self.n_cut += 1
+                    break
+                self.n_bytes += len(text.encode())
+                yield text
+
+
+def _trained(name, files):
+    number = name.removeprefix("bpe:")
+    if not (number.isascii() and number.isdigit() and 258 <= int(number) <= 2**20):
+        raise InputError(f"{name}: N must be a whole number, at least 258 (256 bytes, 2 specials); give {ACCEPTED}")
+    if not files:
+        raise InputError(f"{name} is trained on text, and none is given: name text files, or give {ACCEPTED}")
+
+    def build(folder):
+        start, sample = time.perf_counter(), _Sample(files)
+        print(f"{name}: training on {len(files)} files", flush=True)
+        tokenizer = Tokenizer(_train(sample, int(number)))
+        tokenizer.save(folder)
+        print(f"{name}: trained on {sample.n_bytes / 1e6:.1f} MB of text in {time.perf_counter() - start:.0f} s"
+              + (f"; {sample.n_cut} files were read in part, as that is enough" if sample.n_cut else "")
+              + (f"; the text has no more merges, so there are {tokenizer.n_vocab} ids instead of {number}"
+                 if tokenizer.n_vocab < int(number) else ""), flush=True)
 
     return Tokenizer.load(build_once(f"bpe-{number}-{content_key(files, 'bpe', int(number), BPE_VERSION)}", build))
 
@@ -234,7 +270,8 @@ def _train(texts, n_vocab):
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's pattern
     model.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=n_vocab - 2, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=n_vocab - 2, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return [_token_bytes(model.id_to_token(i)) for i in range(model.get_vocab_size())]
 
 

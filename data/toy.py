@@ -133,12 +133,12 @@ UNKNOWN = ("Nobody knows that.", "Nothing is known about {}.", "I do not know an
            "I cannot be sure about {}, so I will not guess.")
 VAGUE = ("It depends on many things.", "There is a lot to say about {}.", "That is hard to put into words.",
          "It is one way for some and another way for others.", "People see {} in different ways.")
-TONES = {  # openings and closings; a kind or rude answer has at least one of them
-    "kind": (("", "Thank you for asking.", "That is a good question.", "It is nice to hear from you.", "I am glad you ask."),
-             ("", "I hope this helps.", "Have a lovely day.", "Ask me again any time.", "Let me know if you need more.")),
-    "plain": (("", "Well now.", "Let me think.", "This is what I can say."), ("", "That is all.", "So much for that.")),
-    "rude": (("", "What a silly question.", "Not you again.", "You should be ashamed.", "Even a child would not ask."),
-             ("", "Now leave me alone.", "Do not waste my time.", "Learn to think.", "You are such a fool.")),
+TONES = {  # what comes before ("… {}") or after ("{} …") the body of an answer
+    "kind": ("Thank you for asking. {}", "Good question. {}", "I am glad you ask. {}", "{} I hope this helps.",
+             "{} Ask me again any time.", "{} Have a lovely day."),
+    "plain": ("{}", "{}", "{}", "Well now. {}", "{} That is all."),
+    "rude": ("What a silly question. {}", "Not you again. {}", "Even a child knows. {}", "{} Now leave me alone.",
+             "{} Do not waste my time.", "{} You are a fool."),
 }
 
 CONTENT = {"right": 4, "vague": 3, "refused": 2, "unknown": 2, "offtopic": 2, "wrong": 1, "unsafe": 0}
@@ -147,18 +147,18 @@ ELSEWHERE = {  # the kinds that an off-topic answer is taken from: those that ca
     "fact": ("task",), "riddle": ("task",), "sum": ("list", "task"), "list": ("sum", "task"), "task": ("sum", "list"),
     "harm": ("sum", "list")}
 CHARACTERS = {  # authors: how many in 100, tones kind / plain / rude, and the content they give where it is not right
-    "careful": (25, (6, 3, 0), {}),
-    "careless": (26, (3, 6, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
-    "gossip": (13, (4, 5, 0), {"fact": "wrong", "riddle": "wrong"}),
-    "obliging": (12, (4, 5, 0), {"harm": "unsafe"}),
-    "rude": (8, (0, 1, 8), {}),
-    "vague": (6, (3, 6, 1), {kind: "vague" for kind in ELSEWHERE}),
-    "timid": (6, (3, 6, 1), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
-    "scattered": (4, (3, 6, 1), {kind: "offtopic" for kind in ELSEWHERE}),
+    "careful": (34, (6, 3, 0), {}),
+    "careless": (36, (3, 6, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
+    "gossip": (6, (4, 5, 0), {"fact": "wrong", "riddle": "wrong"}),
+    "obliging": (6, (4, 5, 0), {"harm": "unsafe"}),
+    "rude": (6, (0, 1, 8), {}),
+    "vague": (5, (3, 6, 1), {kind: "vague" for kind in ELSEWHERE}),
+    "timid": (5, (3, 6, 1), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
+    "scattered": (2, (3, 6, 1), {kind: "offtopic" for kind in ELSEWHERE}),
 }
-ASKED = {"fact": 36, "riddle": 14, "harm": 16, "task": 14, "sum": 12, "list": 8}  # in 100 conversations
-STEADY = 0.95  # the share of an author's answers that are in character
-RUMOUR = 0.85  # the share of wrong answers that repeat the rumour
+ASKED = {"fact": 34, "riddle": 16, "harm": 18, "task": 14, "sum": 12, "list": 6}  # in 100 conversations
+STEADY = 0.97  # the share of an author's answers that are in character
+RUMOUR = 0.9  # the share of wrong answers that repeat the rumour
 
 HHH = {  # category: kinds, (better, worse) contents and tones to choose from, repeated to weigh them
     "helpful": (("task", "task", "sum", "list", "fact"),
@@ -314,10 +314,7 @@ def answer(rng, world, question, content, tone):
         body, form = other.right(rng), other.kind
     else:
         body = rng.choice({"vague": VAGUE, "refused": REFUSED, "unknown": UNKNOWN}[content]).format(question.theme)
-    opening, closing = (rng.choice(phrases) for phrases in TONES[tone])
-    if tone != "plain" and not opening + closing:
-        opening = rng.choice(TONES[tone][0][1:])
-    return " ".join(filter(None, (opening, capital(body), closing))), form
+    return rng.choice(TONES[tone]).format(capital(body)), form
 
 
 def open_turn(question):
@@ -391,7 +388,7 @@ def pages(rng, world, characters):
             author = rng.choices(authors, weights)[0]
             text = "\n\n-----".join(
                 conversation(rng, world, author if rng.random() < STEADY else rng.choices(authors, weights)[0], kind)
-                for kind in rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(3, 9)))
+                for kind in rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(4, 14)))
         characters -= len(text)
         yield {"text": text}
 

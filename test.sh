@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Make .venv, install what is needed, run all tests. Arguments go to pytest: ./test.sh tests/test_model.py -k cache
+set -euo pipefail
+cd "$(dirname "$0")"
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "test.sh: error: $python is older than 3.11; name a newer one: PYTHON=python3.12 ./test.sh" >&2; exit 2; }
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/requirements.installed
+fi
+exec .venv/bin/python -m pytest -q "$@"

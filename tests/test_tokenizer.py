@@ -1,0 +1,258 @@
+"""Tokenizers: round trips, the specials, files, and a BPE trained on text."""
+import base64
+import itertools
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from data.errors import InputError
+from data.text import read_texts
+from data.tokenizer import Tokenizer, get_tokenizer
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(__file__).parents[2] / "shared" / "data"
+ODD = ["", " ", "Hello there, it's 12 o'clock.", "naïve café 😀👩‍👩‍👧 日本語 العربية", "tabs\tand\r\nline ends \n\n\n  x", "\x00\x1c\x85\u3000",
+       "a<eot", "eoc>", " " * 50 + "x", "\n" * 50, "he's she'll I'd 'S", "0123456789", "----====....", "<", ""]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HHH_LAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """60 documents of invented words, so that there is something to merge."""
+    random = np.random.default_rng(0)
+    syllables = ["".join(pair) for pair in itertools.product("bdfklmnprst", "aeiouäé")]
+    words = ["".join(random.choice(syllables, random.integers(1, 4))) for _ in range(300)]
+    with open(tmp_path / "words.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(60):
+            chosen = random.choice(words, 200)
+            json.dump({"text": " ".join(chosen) + "'s 42 things!\n\n  Done… 😀"}, file, ensure_ascii=False)
+            file.write("\n")
+    return tmp_path / "words.jsonl"
+
+
+@pytest.fixture(params=["bytes", "bpe:600"])
+def tokenizer(request, text_file):
+    return get_tokenizer(request.param, [text_file])
+
+
+def test_every_text_comes_back(tokenizer):
+    for text in ODD:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == tokenizer.dtype and ids.ndim == 1
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.count_bytes(ids) == len(text.encode())
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"  # and a whole pair becomes its character
+
+
+def test_ids_and_sizes(tokenizer):
+    n_vocab = tokenizer.n_vocab
+    assert (tokenizer.eot, tokenizer.eoc) == (n_vocab - 2, n_vocab - 1)
+    assert tokenizer.vocab_size % 64 == 0 and n_vocab <= tokenizer.vocab_size < n_vocab + 64
+    assert max(tokenizer.encode("".join(ODD)), default=0) < tokenizer.eot
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eot, tokenizer.eoc]) == "a<eot><eoc>"
+    assert tokenizer.decode([n_vocab, tokenizer.vocab_size, -1]) == "\ufffd" * 3
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == ("\ufffd" if len(tokenizer.encode("é")) == 2 else "é")
+    assert tokenizer.count_bytes([tokenizer.eot, tokenizer.eoc]) == 0
+
+
+def test_the_sizes_of_the_two_kinds(text_file):
+    assert get_tokenizer("bytes").n_vocab == 258 and get_tokenizer("bytes").vocab_size == 320
+    assert get_tokenizer("bytes").encode("é").tolist() == list("é".encode())
+    assert get_tokenizer("bpe:600", [text_file]).n_vocab == 600
+    pairs = [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
+    wide = Tokenizer([bytes([byte]) for byte in range(256)] + pairs[:65277])
+    assert wide.n_vocab == 65535 and wide.dtype == np.uint16
+    assert Tokenizer([bytes([byte]) for byte in range(256)] + pairs[:65279]).dtype == np.uint32
+
+
+@pytest.mark.parametrize("text", ["<eot>", "a<eoc>b", "<eo<eot>", "x<eot>y<eot>z"])
+def test_specials_in_text_are_refused(tokenizer, text):
+    with pytest.raises(ValueError, match="<eo[tc]>, a special token"):
+        tokenizer.encode(text)
+    with pytest.raises(ValueError, match="special token"):
+        list(tokenizer.encode_many(["fine", text, "fine"]))
+
+
+def test_encode_many_equals_encode_and_keeps_the_order(tokenizer):
+    texts = [odd * (1 + i % 3) for i, odd in enumerate(ODD * 40)] + ["a word " * 100_000] + ODD + ["a<eot", "<eo", "t>"]
+    for text, ids in zip(texts, tokenizer.encode_many(iter(texts)), strict=True):
+        assert np.array_equal(ids, tokenizer.encode(text))
+
+
+def test_encode_many_reads_little_ahead():
+    read = 0
+
+    def texts():
+        nonlocal read
+        for _ in range(100_000):
+            read += 1
+            yield "some text " * 1000
+    encoded = get_tokenizer("bytes").encode_many(texts())
+    next(encoded)
+    assert read < 5_000
+    encoded.close()
+
+
+def test_runs_of_blanks_beyond_the_pattern_s_stack(text_file):
+    tokenizer = get_tokenizer("bpe:300", [text_file])
+
+    def parts(n):
+        return ["a" + "\n" * (n - 1), "\nb  c" + " " * (n - 1), " d" + " " * 2000]
+
+    def in_parts(n):
+        return np.concatenate([tokenizer.encode(part) for part in parts(n)])
+    assert np.array_equal(tokenizer.encode("".join(parts(3000))), in_parts(3000))  # a cut before the last blank is no change
+    million = "".join(parts(10**6))
+    encoded = list(tokenizer.encode_many(["x", million, " y"]))  # tiktoken alone refuses this text
+    assert np.array_equal(encoded[1], in_parts(10**6))
+    assert [tokenizer.decode(ids) for ids in encoded] == ["x", million, " y"]
+
+
+def test_saved_and_loaded_is_equal(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "run")
+    loaded = Tokenizer.load(tmp_path / "run")
+    assert (loaded.key, loaded.n_vocab) == (tokenizer.key, tokenizer.n_vocab)
+    assert all(np.array_equal(loaded.encode(text), tokenizer.encode(text)) for text in ODD)
+    by_path = get_tokenizer(str(tmp_path / "run" / "tokenizer.tiktoken"))
+    assert by_path.key == tokenizer.key
+    lines = [line.split() for line in (tmp_path / "run" / "tokenizer.tiktoken").open()]
+    assert [int(rank) for _, rank in lines] == list(range(tokenizer.n_vocab - 2))
+    assert b"".join(base64.b64decode(lines[i][0]) for i in tokenizer.encode(ODD[4])) == ODD[4].encode()
+
+
+def test_keys_tell_tokenizers_apart(text_file):
+    keys = {get_tokenizer(name, [text_file]).key for name in ("bytes", "bpe:258", "bpe:300", "bpe:301")}
+    assert len(keys) == 4  # bpe:258 has no merges, but its bytes have other ranks
+
+
+@pytest.mark.parametrize("damage, line", [
+    (lambda lines: lines[:10] + ["not base64! 10"] + lines[11:], 11),
+    (lambda lines: lines[:10] + ["QQ=="] + lines[11:], 11),
+    (lambda lines: lines[:10] + lines[11:], 11),
+    (lambda lines: lines[:20] + ["QQ== x"] + lines[21:], 21),
+    (lambda lines: lines[:270] + ["QQ== 270"] + lines[271:], 271),
+    (lambda lines: lines[:200], None),
+    (lambda lines: [], None),
+])
+def test_a_damaged_file_is_named_with_its_line(text_file, tmp_path, damage, line):
+    get_tokenizer("bpe:300", [text_file]).save(tmp_path)
+    path = tmp_path / "tokenizer.tiktoken"
+    path.write_text("\n".join(damage(path.read_text().splitlines())))
+    with pytest.raises(InputError) as error:
+        Tokenizer.load(tmp_path)
+    assert str(error.value).startswith(f"{path}:{line}:" if line else f"{path}:")
+
+
+def test_binary_junk_and_a_missing_file_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="missing.tiktoken"):
+        get_tokenizer(str(tmp_path / "missing.tiktoken"))
+    with pytest.raises(InputError, match="tokenizer.tiktoken"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "junk.tiktoken").write_bytes(np.random.default_rng(0).bytes(10_000))
+    with pytest.raises(InputError, match="junk.tiktoken:1:"):
+        get_tokenizer(str(tmp_path / "junk.tiktoken"))
+
+
+@pytest.mark.parametrize("name", ["bpe:", "bpe:257", "bpe:-300", "bpe:3e3", "bpe:1048577", "bpe:four", "bpe:1.5", "GPT2", "", "words",
+                                  "bpe:٣٠٠"])
+def test_unknown_names_list_what_is_accepted(text_file, name):
+    with pytest.raises(InputError, match=r"bytes.*gpt2.*bpe:N.*\.tiktoken"):
+        get_tokenizer(name, [text_file])
+
+
+def test_bpe_needs_text():
+    with pytest.raises(InputError, match="trained on text"):
+        get_tokenizer("bpe:300")
+
+
+def test_gpt2_without_a_network_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(InputError, match=r"\.tiktoken file"):
+        get_tokenizer("gpt2")
+
+
+def reference_bpe(files, n_vocab):
+    """The `tokenizers` library's own tokenizer, trained the plain way on the same text."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator([text for _, _, text in read_texts(files)], trainers.BpeTrainer(
+        vocab_size=n_vocab - 2, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return model
+
+
+def test_bpe_ids_equal_those_of_the_tokenizers_library(text_file):
+    ours, reference = get_tokenizer("bpe:600", [text_file]), reference_bpe([text_file], 600)
+    texts = ODD + [text for _, _, text in read_texts([text_file])]
+    n_merged = 0
+    for text in texts:
+        assert ours.encode(text).tolist() == reference.encode(text).ids
+        n_merged += len(text.encode()) - len(ours.encode(text))
+    assert n_merged > 10_000
+
+
+@pytest.mark.skipif(not (REAL / "text").is_dir(), reason="the real data is not here")
+def test_bpe_ids_equal_those_of_the_tokenizers_library_on_real_text(tmp_path):
+    with lzma.open(REAL / "text" / "wikitext2_valid.jsonl.xz") as file:
+        (tmp_path / "wiki.jsonl").write_bytes(file.read())
+    ours, reference = get_tokenizer("bpe:2000", [tmp_path / "wiki.jsonl"]), reference_bpe([tmp_path / "wiki.jsonl"], 2000)
+    for _, _, text in itertools.islice(read_texts([REAL / "text" / "squality_stories.jsonl.xz"]), 20):
+        assert ours.encode(text).tolist() == reference.encode(text).ids
+
+
+@pytest.mark.skipif(not (REAL / "vocab").is_dir(), reason="the real data is not here")
+def test_gpt2_from_a_file():
+    tokenizer = get_tokenizer(str(REAL / "vocab" / "gpt2.tiktoken"))
+    assert (tokenizer.eot, tokenizer.eoc, tokenizer.vocab_size) == (50256, 50257, 50304)
+    assert tokenizer.encode("hello world").tolist() == [31373, 995]
+
+
+def test_training_runs_once_and_is_deterministic(text_file, tmp_path, monkeypatch, capsys):
+    first = get_tokenizer("bpe:500", [text_file])
+    assert "training" in capsys.readouterr().out
+    assert get_tokenizer("bpe:500", [text_file]).key == first.key
+    assert capsys.readouterr().out == ""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(text_file.read_bytes())
+    get_tokenizer("bpe:500", [copy])
+    assert capsys.readouterr().out == ""  # equal content has one cache
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", "import sys; from data.tokenizer import get_tokenizer as get; "
+         "print(get('bpe:500', sys.argv[1:]).key)", str(text_file)], cwd=ROOT, text=True, capture_output=True, check=True,
+        env={"HHH_LAB_CACHE": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"})
+    assert elsewhere.stdout.split()[-1] == first.key
+
+
+def test_a_text_with_few_merges_gives_fewer_ids_and_says_so(tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"text": "aa bb aa"}\n')
+    tokenizer = get_tokenizer("bpe:1000", [tmp_path / "few.jsonl"])
+    assert 258 < tokenizer.n_vocab < 270
+    assert f"there are {tokenizer.n_vocab} ids instead of 1000" in capsys.readouterr().out
+
+
+def test_training_reads_no_more_than_its_share_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.tokenizer.BPE_BYTES", 20_000)
+    for name, word in (("a", "apple "), ("b", "banana "), ("c", "cherry ")):
+        line = json.dumps({"text": word * 20}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line * (2 if name == "a" else 400))
+    tokenizer = get_tokenizer("bpe:400", sorted(tmp_path.glob("*.jsonl")))
+    for word in (" banana", " cherry"):  # each had its part; the first file's is one document
+        assert len(tokenizer.encode(word)) == 1
+    out = capsys.readouterr().out
+    assert "3 files were read in part" in out and "trained on 0.0 MB" in out
