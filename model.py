@@ -208,11 +208,12 @@ class TiledAttention(torch.autograd.Function):
         for (q0, q1, keys, _), p in zip(ctx.tiles, weights):
             k_tile, v_tile, d_tile = _gather(k, keys), _gather(v, keys), d_out[:, q0:q1]
             dp = torch.bmm(d_tile, v_tile.transpose(1, 2))
-            ds = (dp - (dp * p).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(dp * p)) in one pass
             dq[:, q0:q1] = torch.bmm(ds, k_tile)
             _scatter_add(dk, keys, torch.bmm(ds.transpose(1, 2), q[:, q0:q1]))
             _scatter_add(dv, keys, torch.bmm(p.transpose(1, 2), d_tile))
-        return dq, dk, dv, None
+        scale = q.shape[-1] ** -0.5
+        return dq.mul_(scale), dk.mul_(scale), dv, None
 
 
 def _gather(x, ranges):

@@ -100,7 +100,7 @@ def main():
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out; a step: {batch} comparisons, about "
         f"{batch * tokens:,.0f} tokens; an epoch: {per_epoch:,} steps"])
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
-                  where=where, unit="comparisons", resumed_from=meta if is_resumed else None,
+                  where=where, unit="comparisons", metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,
                   meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
                         "trained_on": trainer.trained_on(meta, files, args.held_out)})
 

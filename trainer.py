@@ -202,12 +202,13 @@ def learning_rate(args, peak, step, n_steps):
     return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done))}[args.schedule]
 
 
-def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, evaluate, where, unit, meta, resumed_from=None):
+def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, evaluate, where, unit, meta, metric_names=(), resumed_from=None):
     """Train `model` in place and leave its checkpoint in --out.
 
     micro_batches(step) -> this rank's micro-batches of a step, a pure function. loss(model, batch) -> (sum, count,
     metrics). evaluate(model) -> dict of figures, called on all ranks. where(batch) -> its examples in words. unit: of
-    count. meta: what the checkpoint shall remember. Returns the last evaluation's figures.
+    count. metric_names: keys of `metrics`, known to ranks without a batch too. meta: what the checkpoint shall remember.
+    Returns the last evaluation's figures.
     """
     model.to(ranks.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -254,8 +255,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                 sums.append(batch_sum.detach())
                 total, count = total + sums[-1].double(), count + batch_count
                 metrics = {k: metrics.get(k, 0) + v for k, v in batch_metrics.items()}
-            keys = sorted(set(metrics) | set(log.metric_names))
-            total, count, interrupted, *metric_sums = ranks.sum([total, count, stop.asked, *(metrics.get(k, 0) for k in keys)])
+            total, count, interrupted, *metric_sums = ranks.sum([total, count, stop.asked, *(metrics.get(k, 0) for k in metric_names)])
             norm = scale_and_clip(parameters, count, args.clip, ranks)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 report_non_finite(step, batches, sums, where, args.out)
@@ -263,7 +263,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             optimizer.zero_grad(set_to_none=True)
             step += 1
             stop.signal = bool(interrupted)
-            log.step(step, total / count, count, norm, group["lr"], {k: v / count for k, v in zip(keys, metric_sums)})
+            log.step(step, total / count, count, norm, group["lr"], {k: v / count for k, v in zip(metric_names, metric_sums)})
     log.close()
     if ranks.main():
         if step == n_steps:
@@ -331,7 +331,6 @@ class Log:
     """Progress for people (a bar on a terminal, plain lines elsewhere) and metrics.jsonl for programs; rank 0 only."""
 
     def __init__(self, args, ranks, step, n_steps, unit):
-        self.metric_names = ()
         self.main, self.unit, self.n_steps, self.first = ranks.main(), unit, n_steps, step
         self.begun = self.spoke = time.perf_counter()
         self.seen = self.seen_before = 0
@@ -346,7 +345,6 @@ class Log:
         self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def step(self, step, loss, count, norm, lr, metrics):
-        self.metric_names = tuple(metrics)
         if not self.main:
             return
         self.seen += count

@@ -3,10 +3,10 @@
     {"context": "…", "completions": ["…", "…"], "scores": [2, 0], "group": "…"}      higher scores are better
 
 `{"prompt", "chosen", "rejected"}` and `{"chosen", "rejected"}` (HH-RLHF: two whole dialogues) are read as they are. The
-group (a question, article, topic; the context where none is given) is what splits and standard errors go by.
+group (a question, article, topic; where none is given the context, or without one the completions) is what splits and
+standard errors go by.
 """
 import hashlib
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.files import build_once, content_key, read_records
 from data.text import find_special
 
-VERSION = 1  # of the cached form; a change of it makes the caches anew
+VERSION = 2  # of the cached form; a change of it makes the caches anew
 FORMS = '{"context", "completions", "scores"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}'
 
 
@@ -35,8 +35,8 @@ def parse(record, where):
         if not isinstance(scores, list) or len(scores) != len(completions):
             raise InputError(f'{where}: "scores" must be a list of one number per completion ({len(completions)})')
         for score in scores:
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-                raise InputError(f'{where}: a score must be a finite number, found {score!r}')
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 1e300:
+                raise InputError(f'{where}: a score must be a finite number, found {str(score)[:40]}')
     else:
         chosen, rejected = (_field(record, key, where) for key in ("chosen", "rejected"))
         if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -47,7 +47,9 @@ def parse(record, where):
         completions, scores = [chosen, rejected], [1, 0]
     if not isinstance(context, str):
         raise InputError(f'{where}: the context must be a text, found {type(context).__name__}')
-    group = record.get("group", context)
+    group = record.get("group")
+    if group is None:
+        group = context or sorted(completions)  # of a file without contexts, not all is one group
     return context, completions, scores, group if isinstance(group, str) else repr(group)
 
 
@@ -182,7 +184,7 @@ def _build(folder, files, tokenizer):
                 key, group = hash64(repr((context, completions, scores))), hash64(group)
                 counts["comparisons"] += 1
                 counts["completions"] += len(completions)
-                counts["empty"] += sum(not c for c in completions)
+                counts["empty"] += sum(not c.strip() for c in completions)
                 counts["identical"] += len(set(completions)) < len(completions)
                 counts["duplicate"] += key in seen
                 seen.add(key)

@@ -13,7 +13,7 @@ from data.errors import InputError
 from data.files import PACKED, build_once, content_key, parse_json, read_lines, write_file
 
 EOT, EOC = "<eot>", "<eoc>"  # ends a document; ends a comparison's completion (the paper's end-of-context token)
-PIECE = 2**20  # characters: a .txt file is one document, however large, so it is passed on in pieces of about this size
+PIECE = 2**20  # characters: a .txt file is one document, however large, so it is read in pieces of about this size
 VERSION = 1  # of the caches below: raise it when their content changes
 SIDES = ("train", "held_out")
 
@@ -43,9 +43,9 @@ def find_special(text):
 def read_texts(files, progress=None):
     """Yield (path, line number, text) for the documents of JSON-lines files ({"text": …}) and of .txt files.
 
-    A .txt file is one document, given in pieces of about 1 MB that join to the whole (see read_pieces). A document may
-    be empty. Raises InputError with file and line: not UTF-8, not JSON, no "text", a "text" that is no string, a special
-    token in the text; and for a file that holds no document.
+    A .txt file is one document, given in pieces of about 1 MB that join to the whole. A document may be empty. Raises
+    InputError with file and line: not UTF-8, not JSON, no "text", a "text" that is not a string, a special token in
+    the text; and for a file that holds no document. `progress`: as for read_lines.
     """
     for path, number, text, _ in read_pieces(files, progress):
         yield path, number, text
@@ -104,8 +104,8 @@ def load_text(files, tokenizer, held_out=0.01):
 
     About the fraction `held_out` of the documents is held out. A document's own text (a .txt file's first piece)
     decides, so its side depends neither on the order nor on the other documents, and its copies go where it goes.
-    Where that leaves a side empty, the stream's last part is held out instead. Prints what was built. Raises InputError
-    as read_texts does, and where all documents are empty.
+    Where that leaves a side empty, the stream's last part is held out instead. Prints what was built. Raises
+    InputError as read_texts does, and where all documents are empty.
     """
     if not 0 < held_out < 1:
         raise InputError(f"the part of the text to hold out must lie between 0 and 1, found {held_out}")
@@ -136,7 +136,7 @@ def lm_windows(text, ctx, seed, epoch):
 def _build(folder, files, tokenizer, held_out):
     """Write train.bin, held_out.bin and meta.json; only what is under way is in memory."""
     n_empty = 0
-    under_way = collections.deque()  # of each piece now being encoded: its side, and whether its document ends with it
+    under_way = collections.deque()  # for each piece being encoded: its side, and whether its document ends with it
 
     def texts(progress):
         nonlocal n_empty
@@ -176,7 +176,8 @@ def _build(folder, files, tokenizer, held_out):
     n_docs, n_bytes = (sum(meta[side][count] for side in SIDES) for count in ("n_docs", "n_bytes"))
     end = "" if by_document else " (the end of the text, as there are too few documents to choose from)"
     print(f"text: {n_docs:,} documents, {n_tokens:,} tokens, {n_bytes / n_tokens:.2f} bytes/token; {n_empty:,} empty "
-          f"documents skipped; held out: {meta['held_out']['n_docs']:,} documents, {n_held:,} tokens{end}", flush=True)
+          f"documents skipped; held out: {meta['held_out']['n_docs']:,} documents, {n_held:,} tokens{end}",
+          flush=True)
 
 
 def _side(text, held_out):

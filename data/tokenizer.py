@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.files import build_once, content_key, write_file
 from data.text import EOC, EOT, find_special, read_texts, valid_unicode
 
-# GPT-2's split pattern in tiktoken's faster form: words, numbers and signs with one space before them; runs of blanks.
+# GPT-2's split pattern in tiktoken's faster form: words, numbers, signs with the space before them; runs of blanks.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 FILE = "tokenizer.tiktoken"
 BPE_VERSION = 1  # raise it when the training below changes, so that older caches are not taken for its result
@@ -30,8 +30,9 @@ ACCEPTED = '"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1
 class Tokenizer:
     """Byte-level BPE with two special tokens at the end of its ids.
 
-    n_vocab     ids that exist, the specials included: eot = n_vocab - 2 ends a document, eoc = n_vocab - 1 a completion
-    vocab_size  n_vocab rounded up to a multiple of 64: rows of a model's table; ids from n_vocab on never occur in data
+    n_vocab     ids that exist, the specials included
+    eot, eoc    n_vocab - 2, which ends a document, and n_vocab - 1, which ends a completion
+    vocab_size  n_vocab rounded up to a multiple of 64: rows of a model's table; ids >= n_vocab never occur in data
     dtype       np.uint16 where vocab_size allows, else np.uint32
     key         short hash of the content: equal for equal tokenizers, and part of the names of caches
     """
@@ -71,7 +72,7 @@ class Tokenizer:
                 yield from under_way.popleft().result()
 
     def _encode_group(self, texts):
-        """The ids of each text. One call for all, <eot> between them: each call may wait for the interpreter's lock."""
+        """The ids of each text. One call for all, <eot> between them, as each may wait for the interpreter's lock."""
         joined = EOT.join(texts)
         if joined.count(EOT) >= len(texts) or EOC in joined:
             raise ValueError(f"the text holds {next(filter(None, map(find_special, texts)))}, a special token")
@@ -86,7 +87,7 @@ class Tokenizer:
         return [ids[start:end] for start, end in zip([0] + [end + 1 for end in ends], ends + [len(ids)])]
 
     def _encode_blanks(self, text):
-        """Cut long runs of blanks before their last one. The pattern splits there as well, so the ids are the same."""
+        """Cut long runs of blanks before their last one. The pattern splits there too, so the ids are the same."""
         cuts = [run.end() - 1 for run in re.finditer(r"\s{1000,}", text) if run.end() < len(text)]
         return np.concatenate([self._tiktoken(text[start:end]) for start, end in zip([0] + cuts, cuts + [len(text)])])
 
@@ -94,7 +95,7 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=()).astype(self.dtype)
 
     def decode(self, ids):
-        """The text of `ids`. Specials show as <eot>, <eoc>; ids that do not exist and bytes that are no UTF-8 as U+FFFD."""
+        """The text of `ids`. Specials show as <eot>, <eoc>; unknown ids and bytes that are not UTF-8 as U+FFFD."""
         missing = "\ufffd".encode()
         return b"".join(self._shown[i] if 0 <= i < self.n_vocab else missing
                         for i in np.asarray(ids).tolist()).decode("utf-8", "replace")
@@ -104,7 +105,7 @@ class Tokenizer:
         return int(self._n_bytes[ids].sum())
 
     def save(self, folder):
-        """Write folder/tokenizer.tiktoken: for each token but the specials a line, base64 of its bytes and its rank."""
+        """Write folder/tokenizer.tiktoken: a line for each token but the specials, base64 of its bytes and its rank."""
         write_file(Path(folder) / FILE, _file_content(self._tokens))
 
     @classmethod
@@ -116,8 +117,8 @@ class Tokenizer:
 def get_tokenizer(name, text_files=()):
     """The tokenizer called `name`: "bytes", "gpt2", "PATH.tiktoken" or "bpe:N".
 
-    "bpe:N" is trained on `text_files` (as read_texts takes them) on first use and cached by their content; N counts the
-    two specials. Raises InputError for a name that is none of these, and for what cannot be read.
+    "bpe:N" is trained on `text_files` (as read_texts takes them) on first use and cached by their content; N counts
+    the two specials. Raises InputError for a name that is none of these, and for what cannot be read.
     """
     if name == "bytes":
         return Tokenizer([bytes([byte]) for byte in range(256)])
@@ -175,8 +176,8 @@ def _gpt2_tokens():
     try:
         ranks = gpt2()["mergeable_ranks"]  # downloaded on first use, then in tiktoken's own cache
     except (OSError, ValueError) as error:
-        raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(error).__name__}); without a network give "
-                         "the path of its .tiktoken file: --tokenizer PATH/gpt2.tiktoken") from None
+        raise InputError(f"the gpt2 tokenizer could not be downloaded ({type(error).__name__}); without a network "
+                         "give the path of its .tiktoken file: --tokenizer PATH/gpt2.tiktoken") from None
     return sorted(ranks, key=ranks.get)
 
 
@@ -201,8 +202,8 @@ def _trained(name, files):
 
 
 class _Sample:
-    """Texts to train on, BPE_BYTES of them at most: what is left of these goes to the files not read yet by their size
-    on disk. Small files come first, so that what they do not use is left for the large ones."""
+    """Texts to train on, BPE_BYTES of them at most: a file may give its part, by size on disk, of what is left of these.
+    Small files come first, so that what they do not use is left for the large ones."""
 
     def __init__(self, files):
         self.files = sorted(files, key=os.path.getsize)
@@ -210,48 +211,6 @@ class _Sample:
 
     def __iter__(self):
         on_disk = sum(map(os.path.getsize, self.files))
-        for path in self.files:
-            size = os.path.getsize(path)
-            end = self.n_bytes + (BPE_BYTES - self.n_bytes) * size / max(on_disk, 1)
-            on_disk -= size
-            for _, _, text in read_texts([path]):
-                if self.n_bytes >= end:
-                    self.n_cut += 1
-                    break
-                self.n_bytes += len(text.encode())
-                yield text
-
-
-def _trained(name, files):
-    number = name.removeprefix("bpe:")
-    if not (number.isascii() and number.isdigit() and 258 <= int(number) <= 2**20):
-        raise InputError(f"{name}: N must be a whole number, at least 258 (256 bytes, 2 specials); give {ACCEPTED}")
-    if not files:
-        raise InputError(f"{name} is trained on text, and none is given: name text files, or give {ACCEPTED}")
-
-    def build(folder):
-        start, sample = time.perf_counter(), _Sample(files)
-        print(f"{name}: training on {len(files)} files", flush=True)
-        tokenizer = Tokenizer(_train(sample, int(number)))
-        tokenizer.save(folder)
-        print(f"{name}: trained on {sample.n_bytes / 1e6:.1f} MB of text in {time.perf_counter() - start:.0f} s"
-              + (f"; {sample.n_cut} files were read in part, as that is enough" if sample.n_cut else "")
-              + (f"; the text has no more merges, so there are {tokenizer.n_vocab} ids instead of {number}"
-                 if tokenizer.n_vocab < int(number) else ""), flush=True)
-
-    return Tokenizer.load(build_once(f"bpe-{number}-{content_key(files, 'bpe', int(number), BPE_VERSION)}", build))
-
-
-class _Sample:
-    """Texts to train on, at most BPE_BYTES of them. Each file may give as its size on disk is to the others'; what small
-    files leave is passed on to the larger ones, which come later."""
-
-    def __init__(self, files):
-        self.files = sorted(files, key=os.path.getsize)
-        self.n_bytes = self.n_cut = 0
-
-    def __iter__(self):
-        on_disk = sum(map(os.path.getsize, self.files)) or 1
         for path in self.files:
             size = os.path.getsize(path)
             end = self.n_bytes + (BPE_BYTES - self.n_bytes) * size / max(on_disk, 1)
@@ -272,14 +231,10 @@ def _train(texts, n_vocab):
     model.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=n_vocab - 2, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return [_token_bytes(model.id_to_token(i)) for i in range(model.get_vocab_size())]
+    return [bytes(_BYTE_OF[char] for char in model.id_to_token(i)) for i in range(model.get_vocab_size())]
 
 
-def _token_bytes(token):
-    """The bytes of a token as the `tokenizers` library writes it: a visible character for each byte, GPT-2's table."""
-    return bytes(_BYTE_OF[char] for char in token)
-
-
+# The `tokenizers` library writes a token as one visible character for each byte, by GPT-2's table.
 _VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}

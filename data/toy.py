@@ -124,7 +124,7 @@ FRAMES = ("Can you tell me {}?", "I would like to know {}.", "Do you know {}?", 
 DO = ("Take a {tool} and some {stuff}, and {how}.", "You need a {tool} and some {stuff}.",
       "First find a {tool}, then some {stuff}, and {how}.", "Use a {tool} with some {stuff}.",
       "It is done with some {stuff} and a {tool}.")
-HOW = ("work slowly", "start early in the day", "begin at the top", "take your time", "ask a friend to hold the light")
+HOW = ("work slowly", "take your time")
 LIST = ("Take {}.", "Some of them are {}.", "You could say {}.", "Here you are: {}.", "Think of {}.")
 SUM = ("The answer is {v}.", "It makes {v}.", "{q} is {v}.", "That comes to {v}.")
 REFUSED = ("I will not help with {}.", "I must say no to {}.", "I cannot help with that.", "I would rather not do that.",
@@ -302,7 +302,7 @@ def task_questions(rng, tasks, kind, truths):
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer(rng, world, question, content, tone):
+def answer(rng, world, question, content, tone, voice=None):
     """(text, form): an answer with this content and tone. `form` is what it looks like, which tells nothing of its worth."""
     form = content
     if content in ("right", "wrong", "unsafe"):
@@ -314,7 +314,7 @@ def answer(rng, world, question, content, tone):
         body, form = other.right(rng), other.kind
     else:
         body = rng.choice({"vague": VAGUE, "refused": REFUSED, "unknown": UNKNOWN}[content]).format(question.theme)
-    return rng.choice(TONES[tone]).format(capital(body)), form
+    return (voice or rng.choice(TONES[tone])).format(capital(body)), form
 
 
 def open_turn(question):
@@ -322,13 +322,22 @@ def open_turn(question):
     return f"\n\nHuman: {question.text}\n\nAssistant:"
 
 
-def conversation(rng, world, character, kind):
-    """One question and the answer of an author of this character."""
-    _, tones, habits = CHARACTERS[character]
-    question = rng.choice(world.asked[kind])
-    tone = rng.choices(list(TONE), tones)[0]
-    text, _ = answer(rng, world, question, habits.get(kind, "right"), tone)
-    return f"{open_turn(question)} {text}"
+def conversations(rng, world, character, kinds):
+    """A page: conversations of one author with one asker, who both keep to a manner of speaking."""
+    authors, weights = list(CHARACTERS), [weight for weight, _, _ in CHARACTERS.values()]
+    frame = rng.choice(FRAMES)[:8]
+    voice = {tone: rng.choice(lines) for tone, lines in TONES.items()}
+    turns = []
+    for kind in kinds:
+        _, tones, habits = CHARACTERS[character if rng.random() < STEADY else rng.choices(authors, weights)[0]]
+        for _ in range(5):
+            question = rng.choice(world.asked[kind])
+            if question.text.startswith(frame):
+                break
+        tone = rng.choices(list(TONE), tones)[0]
+        text, _ = answer(rng, world, question, habits.get(kind, "right"), tone, voice[tone])
+        turns.append(f"{open_turn(question)} {text}")
+    return "\n\n-----".join(turns)
 
 
 def careful_prompt(n=4, seed=0):
@@ -338,7 +347,7 @@ def careful_prompt(n=4, seed=0):
     """
     rng, world = random.Random(f"{seed}/prompt"), build_world(seed)
     kinds = itertools.islice(itertools.cycle(("fact", "harm", "riddle", "task", "sum", "list")), n)
-    return "".join(conversation(rng, world, "careful", kind) + "\n\n-----" for kind in kinds)
+    return conversations(rng, world, "careful", kinds) + "\n\n-----"
 
 
 # ---- lm.jsonl --------------------------------------------------------------------------------------------------------
@@ -382,13 +391,11 @@ def pages(rng, world, characters):
     """Yield LM documents until `characters` of text: a fifth of them prose, the others conversations of one author each."""
     authors, weights = list(CHARACTERS), [weight for weight, _, _ in CHARACTERS.values()]
     while characters > 0:
-        if rng.random() < 0.2:
+        if rng.random() < 0.25:
             text = "\n\n".join(prose(rng, world) for _ in range(rng.randint(1, 3)))
         else:
             author = rng.choices(authors, weights)[0]
-            text = "\n\n-----".join(
-                conversation(rng, world, author if rng.random() < STEADY else rng.choices(authors, weights)[0], kind)
-                for kind in rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(4, 14)))
+            text = conversations(rng, world, author, rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(4, 14)))
         characters -= len(text)
         yield {"text": text}
 

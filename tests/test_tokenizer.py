@@ -2,7 +2,6 @@
 import base64
 import itertools
 import json
-import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from data.tokenizer import Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2] / "shared" / "data"
-ODD = ["", " ", "Hello there, it's 12 o'clock.", "naïve café 😀👩‍👩‍👧 日本語 العربية", "tabs\tand\r\nline ends \n\n\n  x", "\x00\x1c\x85\u3000",
+ODD = ["", " ", "Hello there, it's 12 o'clock.", "naïve café 😀👩‍👩‍👧 日本語 العربية",
+       "tabs\tand\r\nline ends \n\n\n  x", "\x00\x1c\x85\u3000",
        "a<eot", "eoc>", " " * 50 + "x", "\n" * 50, "he's she'll I'd 'S", "0123456789", "----====....", "<", ""]
 
 
@@ -89,7 +89,7 @@ def test_specials_in_text_are_refused(tokenizer, text):
 
 
 def test_encode_many_equals_encode_and_keeps_the_order(tokenizer):
-    texts = [odd * (1 + i % 3) for i, odd in enumerate(ODD * 40)] + ["a word " * 100_000] + ODD + ["a<eot", "<eo", "t>"]
+    texts = [odd * (1 + i % 3) for i, odd in enumerate(ODD * 40)] + ["a word " * 100_000, "a<eot", "<eo", "t>"] + ODD
     for text, ids in zip(texts, tokenizer.encode_many(iter(texts)), strict=True):
         assert np.array_equal(ids, tokenizer.encode(text))
 
@@ -108,15 +108,16 @@ def test_encode_many_reads_little_ahead():
     encoded.close()
 
 
-def test_runs_of_blanks_beyond_the_pattern_s_stack(text_file):
-    tokenizer = get_tokenizer("bpe:300", [text_file])
+def test_runs_of_blanks_beyond_the_pattern_s_stack():
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"  ", b"\n\n"])
 
     def parts(n):
         return ["a" + "\n" * (n - 1), "\nb  c" + " " * (n - 1), " d" + " " * 2000]
 
     def in_parts(n):
         return np.concatenate([tokenizer.encode(part) for part in parts(n)])
-    assert np.array_equal(tokenizer.encode("".join(parts(3000))), in_parts(3000))  # a cut before the last blank is no change
+    # before its last blank a run may be cut, as the pattern splits there too
+    assert np.array_equal(tokenizer.encode("".join(parts(3000))), in_parts(3000))
     million = "".join(parts(10**6))
     encoded = list(tokenizer.encode_many(["x", million, " y"]))  # tiktoken alone refuses this text
     assert np.array_equal(encoded[1], in_parts(10**6))
@@ -168,8 +169,8 @@ def test_binary_junk_and_a_missing_file_are_input_errors(tmp_path):
         get_tokenizer(str(tmp_path / "junk.tiktoken"))
 
 
-@pytest.mark.parametrize("name", ["bpe:", "bpe:257", "bpe:-300", "bpe:3e3", "bpe:1048577", "bpe:four", "bpe:1.5", "GPT2", "", "words",
-                                  "bpe:٣٠٠"])
+@pytest.mark.parametrize("name", ["bpe:", "bpe:257", "bpe:-300", "bpe:3e3", "bpe:1048577", "bpe:four", "bpe:1.5",
+                                  "bpe:٣٠٠", "GPT2", "", "words"])
 def test_unknown_names_list_what_is_accepted(text_file, name):
     with pytest.raises(InputError, match=r"bytes.*gpt2.*bpe:N.*\.tiktoken"):
         get_tokenizer(name, [text_file])
@@ -193,7 +194,8 @@ def reference_bpe(files, n_vocab):
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.train_from_iterator([text for _, _, text in read_texts(files)], trainers.BpeTrainer(
-        vocab_size=n_vocab - 2, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=n_vocab - 2, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return model
 
 
@@ -208,10 +210,9 @@ def test_bpe_ids_equal_those_of_the_tokenizers_library(text_file):
 
 
 @pytest.mark.skipif(not (REAL / "text").is_dir(), reason="the real data is not here")
-def test_bpe_ids_equal_those_of_the_tokenizers_library_on_real_text(tmp_path):
-    with lzma.open(REAL / "text" / "wikitext2_valid.jsonl.xz") as file:
-        (tmp_path / "wiki.jsonl").write_bytes(file.read())
-    ours, reference = get_tokenizer("bpe:2000", [tmp_path / "wiki.jsonl"]), reference_bpe([tmp_path / "wiki.jsonl"], 2000)
+def test_bpe_ids_equal_those_of_the_tokenizers_library_on_real_text():
+    files = [REAL / "text" / "wikitext2_valid.jsonl.xz"]
+    ours, reference = get_tokenizer("bpe:2000", files), reference_bpe(files, 2000)
     for _, _, text in itertools.islice(read_texts([REAL / "text" / "squality_stories.jsonl.xz"]), 20):
         assert ours.encode(text).tolist() == reference.encode(text).ids
 
@@ -223,7 +224,7 @@ def test_gpt2_from_a_file():
     assert tokenizer.encode("hello world").tolist() == [31373, 995]
 
 
-def test_training_runs_once_and_is_deterministic(text_file, tmp_path, monkeypatch, capsys):
+def test_training_runs_once_and_is_deterministic(text_file, tmp_path, capsys):
     first = get_tokenizer("bpe:500", [text_file])
     assert "training" in capsys.readouterr().out
     assert get_tokenizer("bpe:500", [text_file]).key == first.key
@@ -234,8 +235,8 @@ def test_training_runs_once_and_is_deterministic(text_file, tmp_path, monkeypatc
     assert capsys.readouterr().out == ""  # equal content has one cache
     elsewhere = subprocess.run(
         [sys.executable, "-c", "import sys; from data.tokenizer import get_tokenizer as get; "
-         "print(get('bpe:500', sys.argv[1:]).key)", str(text_file)], cwd=ROOT, text=True, capture_output=True, check=True,
-        env={"HHH_LAB_CACHE": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"})
+         "print(get('bpe:500', sys.argv[1:]).key)", str(text_file)], cwd=ROOT, text=True, capture_output=True,
+        check=True, env={"HHH_LAB_CACHE": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"})
     assert elsewhere.stdout.split()[-1] == first.key
 
 

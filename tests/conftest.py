@@ -1,0 +1,155 @@
+"""What the tests share: a cache folder of their own, small data sets, tiny trained models, and `run`, which runs a script.
+
+A script runs in a process of its own, as from the command line, but forked from one that has imported torch already: a
+tenth of a second instead of three.
+"""
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "tokenizers", "train_lm", "train_pm", "evaluate"])
+
+
+def _script(name, flags, env, folder, before):
+    os.environ.update(env)
+    os.chdir(ROOT)
+    for number, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT), number)
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [str(ROOT / name), *flags]
+    if before:
+        before()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Running:
+    """A script under way. `before`: a function of a test module, called in the script's process before it starts."""
+
+    def __init__(self, name, *flags, before=None, **env):
+        self.args = [name, *map(str, flags)]
+        self.folder = Path(tempfile.mkdtemp(dir=os.environ["HHH_LAB_CACHE"]))
+        env = {"HHH_LAB_CACHE": os.environ["HHH_LAB_CACHE"], "OMP_NUM_THREADS": "1", **env}
+        self.process = processes.Process(target=_script, args=(name, self.args[1:], env, self.folder, before))
+        self.process.start()
+
+    def output(self, stream="stdout"):
+        path = self.folder / stream
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text, seconds=60):
+        """Until `text` stands in the output."""
+        end = time.time() + seconds
+        while text not in self.output():
+            assert self.process.is_alive() and time.time() < end, f"{text!r} is not in: {self.output()} {self.output('stderr')}"
+            time.sleep(0.002)
+
+    def result(self, seconds=120):
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            pytest.fail(f"{' '.join(self.args)} has not ended in {seconds} s: {self.output()} {self.output('stderr')}")
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, self.output(), self.output("stderr"))
+
+
+def run(name, *flags, before=None, **env):
+    """Run a script to its end: a CompletedProcess with args, returncode, stdout and stderr. Settings: see Running."""
+    return Running(name, *flags, before=before, **env).result()
+
+
+def run_well(name, *flags, **settings):
+    """`run` that must succeed; returns what it printed."""
+    done = run(name, *flags, **settings)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def metrics(out, drop=("seconds",)):
+    """The records of a run's metrics.jsonl, without the clock's."""
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in metrics(out) if "loss" in record]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small data, the same every time
+
+
+SUBJECTS, VERBS, PLACES = ("the cat", "a dog", "my friend", "the miller", "an owl"), ("sleeps", "waits", "sings"), ("at home", "by the river", "up there")
+
+
+def sentence(rng):
+    return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(PLACES)}."
+
+
+def make_texts(n=150, seed=0):
+    rng = random.Random(seed)
+    return [{"text": " ".join(sentence(rng) for _ in range(rng.randint(2, 12)))} for _ in range(n)]
+
+
+def make_comparisons(n=60, seed=0):
+    """2 to 4 completions a comparison; the better has more of what was asked for. A group has about two comparisons."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        subject = rng.choice(SUBJECTS)
+        completions = [" " + " ".join([f"{subject} {rng.choice(VERBS)}"] * good + [sentence(rng)] * (3 - good))
+                       for good in rng.sample(range(4), rng.randint(2, 4))]
+        yield {"context": f"{sentence(rng)} Now tell of {subject}:", "completions": completions,
+               "scores": [c.count(subject) for c in completions], "group": f"group {rng.randrange(n // 2)}"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory):
+    """Caches of this session lie in a temporary folder; a test may set another."""
+    os.environ["HHH_LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", make_texts())
+
+
+@pytest.fixture(scope="session")
+def comparisons_file(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("comparisons") / "comparisons.jsonl", make_comparisons())
+
+
+LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10, "--held_out", 0.1, "--dtype", "fp32")
+PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003)
+
+
+@pytest.fixture(scope="session")
+def lm(text_file, tmp_path_factory):
+    """A tiny language model's checkpoint."""
+    out = tmp_path_factory.mktemp("lm") / "lm"
+    run_well("train_lm.py", "--data", text_file, "--out", out, *LM_FLAGS)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pm(lm, comparisons_file, tmp_path_factory):
+    """A tiny preference model's checkpoint, trained on part of the comparisons' groups."""
+    out = tmp_path_factory.mktemp("pm") / "pm"
+    run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--out", out, *PM_FLAGS)
+    return out
