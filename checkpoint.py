@@ -47,6 +47,8 @@ def read_config(path):
             vocab_size=hf["vocab_size"], ctx=hf["max_position_embeddings"], tied=hf["tie_word_embeddings"],
             value_head="LlamaForSequenceClassification" in hf["architectures"], rope_theta=hf["rope_theta"],
             norm_eps=hf["rms_norm_eps"])
+        if not all(isinstance(n, int) and n > 0 for n in (config.n_layer, config.d_model, config.n_head, config.vocab_size, config.ctx)):
+            raise ValueError("its sizes are not all whole numbers above 0")
         if hf["intermediate_size"] != config.d_ff or hf["num_key_value_heads"] != config.n_head:
             raise InputError(f"{path}: not a model of this project (its MLP has width {hf['intermediate_size']}, "
                              f"{hf['num_key_value_heads']} key heads; here {config.d_ff} and {config.n_head})")
@@ -97,7 +99,7 @@ def load(folder, value_head=None, seed=0):
         state["score.weight"] = model.score.weight.detach().normal_(
             std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
     if has_head and not config.value_head:
-        del state["score.weight"]
+        state.pop("score.weight", None)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -127,13 +129,13 @@ def save(out, model, tokenizer, meta, train_state):
     out = Path(out)
     place, partial = out / f"step-{meta['step']}", out / "partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write_file(partial / "config.json", json.dumps(hf_config(model.config, tokenizer.eot), indent=1))
         safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors",
                                     metadata={"format": "pt"})
         tokenizer.save(partial)
-        torch.save(train_state, partial / "train_state.pt")
+        _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         write_file(partial / "meta.json", json.dumps({**meta, "tokenizer": tokenizer.key, "versions": versions}, indent=1))
         for path in partial.iterdir():
@@ -141,17 +143,21 @@ def save(out, model, tokenizer, meta, train_state):
                 os.fsync(file.fileno())
         shutil.rmtree(place, ignore_errors=True)
         os.rename(partial, place)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{out}: the checkpoint could not be written ({error}); the one before it is whole") from None
-    except RuntimeError as error:  # torch.save reports a full disk so
-        if "writ" not in str(error):
-            raise
-        raise InputError(f"{out}: the checkpoint could not be written (is the disk full?); the one before it is whole") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{out}: the checkpoint could not be written ({error}); make room and go on with --resume: "
+                         "the one before it, if any, is whole") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for path in out.glob("step-*"):
         if path != place and re.fullmatch(r"step-\d+", path.name):
             _remove(path)
+
+
+def _save_train_state(state, path):
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch's words for a full disk tell of its streams
+        raise OSError(f"{path.name} could not be written; is the disk full?") from error
 
 
 def finish(out):
@@ -168,6 +174,7 @@ def finish(out):
         except OSError:  # a file system without hard links
             shutil.copyfile(newest / name, link)
         os.replace(link, out / name)
+        link.unlink(missing_ok=True)  # a rename between two links of one file does nothing: they are from a finish that was cut short
     _remove(newest)
 
 

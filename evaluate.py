@@ -101,7 +101,7 @@ def report(args, data, examples, scores, without, how, meta):
         label = name if name != "accuracy" else {"reward": "reward", "mean": "mean log-prob", "sum": "sum log-prob"}[how]
         print(f"  {label:<16} {100 * mean:6.2f} % ± {100 * error:.2f}")
         key = name.replace(" ", "_")
-        figures |= {key: mean, f"{key}_se": error}
+        figures |= {key: mean, f"{key}_se": None if np.isnan(error) else error}  # NaN is not JSON
     print("  (± one standard error, by group)")
     if how == "reward":
         brier, error, table = pm.calibration(margin, weight)

@@ -58,7 +58,8 @@ class Layout:
     own parent, and stands directly before its completions). A completion sees its context and itself, never a sibling,
     and its positions go on from the context's end, as if it stood there alone.
     """
-    TILE = 256  # tokens; shorter comparisons share one attention tile, longer ones are cut. Best of 128..512 on CPUs
+    TILE = 128  # queries in an attention tile
+    STEP = 64  # tiles' keys are a multiple of it: few different shapes, whose matrix kernels are then made only once
 
     def __init__(self, lengths, parents):
         self.lengths, self.parents = lengths, parents = list(map(int, lengths)), list(map(int, parents))
@@ -79,37 +80,21 @@ class Layout:
         return self._once(("tiles", dtype, device), build)
 
     def _tile_ranges(self):
-        ranges, begin = [], 0  # `begin`: start of short comparisons collected into one tile
-        i = 0
-        while i < len(self.lengths):
-            j = next((j for j in range(i + 1, len(self.parents)) if self.parents[j] == j), len(self.parents))
-            start, end = self.starts[i], self.starts[j]
-            if end - begin > self.TILE and start > begin:
-                ranges.append((begin, start, [(begin, start)]))
-                begin = start
-            if end - start > self.TILE:
-                ranges += self._cut(i, j)
-                begin = end
-            i = j
-        if self.starts[-1] > begin:
-            ranges.append((begin, self.starts[-1], [(begin, self.starts[-1])]))
-        return ranges
-
-    def _cut(self, i, j):
-        """One long comparison, segments i..j-1: its context and its completions (short ones together) in tiles."""
-        ranges, start, context = [], self.starts[i], (self.starts[i], self.starts[i + 1])
-        groups = [[context[0], context[1]]]
-        for s in range(i + 1, j):
-            joins = len(groups) > 1 and self.starts[s + 1] - groups[-1][0] <= self.TILE
-            if joins:
-                groups[-1][1] = self.starts[s + 1]
+        """(first query, last query + 1, key ranges) of each tile; the keys are what the tile's first query sees, and all
+        that follows up to its last: a context and a completion's beginning, or one range where little lies between them."""
+        ranges, segment, total = [], 0, self.starts[-1]
+        for q0 in range(0, total, self.TILE):
+            q1 = min(q0 + self.TILE, total)
+            while self.starts[segment + 1] <= q0:
+                segment += 1
+            parent = self.parents[segment]
+            begin, context_end, own = self.starts[parent], self.starts[parent + 1], self.starts[segment]
+            if own - context_end <= self.STEP:
+                begin -= min(begin, -(q1 - begin) % self.STEP)
+                ranges.append((q0, q1, [(begin, q1)]))
             else:
-                groups.append([self.starts[s], self.starts[s + 1]])
-        for begin, end in groups:
-            for q0 in range(begin, end, self.TILE):
-                q1 = min(q0 + self.TILE, end)
-                own = (begin, q1)
-                ranges.append((q0, q1, [own] if begin == start else [context, own]))
+                own -= min(own - context_end, -(context_end - begin + q1 - own) % self.STEP)
+                ranges.append((q0, q1, [(begin, context_end), (own, q1)]))
         return ranges
 
     def _mask(self, q0, q1, key_ranges, dtype):
@@ -222,7 +207,7 @@ def _gather(x, ranges):
 
 def _scatter_add(x, ranges, values):
     for (a, b), part in zip(ranges, values.split([b - a for a, b in ranges], 1)):
-        x[:, a:b] += part
+        x[:, a:b].add_(part)  # not +=, which would also copy the slice onto itself
 
 
 class Cache:

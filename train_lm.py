@@ -13,6 +13,7 @@ import checkpoint
 import trainer
 from data import toy
 from data.errors import InputError, run_main
+from data.files import content_key
 from data.text import lm_windows, load_text
 from data.tokenizer import get_tokenizer
 from model import SIZES
@@ -36,7 +37,7 @@ def main():
     args = parse_args()
     ranks = trainer.start(args.device)
     files = toy.find_data(args.data, "lm.jsonl")
-    earlier = trainer.resumed(args, "lm")
+    earlier = trainer.resumed(args, "lm", files)
     if earlier:
         model, tokenizer, meta = earlier
     elif args.init:
@@ -47,6 +48,8 @@ def main():
     ctx = model.config.ctx = args.ctx or model.config.ctx
     model.dtype = trainer.pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)
+    if len(held_out.tokens) < 2:
+        raise InputError(f"{files[0]}: the held-out text has a single token; give more text or a larger --held_out")
 
     # A step takes `batch` windows of ctx tokens, shared among the ranks; the epoch's last step may be smaller.
     batch = args.batch // ctx
@@ -82,7 +85,7 @@ def main():
         f"an epoch: {per_epoch:,} steps"])
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
                   where=where, unit="tokens", resumed_from=meta if earlier else None,
-                  meta={"kind": "lm", "objective": "lm", "lm_lr": lr, "trained_on": trainer.trained_on(meta, files, args.held_out)})
+                  meta={"kind": "lm", "objective": "lm", "lm_lr": lr, "data": content_key(files), "trained_on": trainer.trained_on(meta, files, args.held_out)})
 
 
 def windows(text, starts, ctx, device):
@@ -95,8 +98,8 @@ def held_out_loss(model, text, tokenizer, ctx, at_once, ranks):
     it has at most EVAL_TOKENS tokens."""
     starts = range(0, len(text.tokens) - ctx, ctx)
     starts = starts[::-(-len(starts) * ctx // EVAL_TOKENS)]
-    mine, total, n_bytes = torch.tensor(starts[ranks.rank::ranks.world]), 0.0, 0
-    for part in mine.split(at_once):
+    mine, total, n_bytes = torch.tensor(starts[ranks.rank::ranks.world], dtype=torch.long), 0.0, 0
+    for part in mine.split(at_once) if len(mine) else ():  # a rank may have none
         batch = windows(text, part, ctx, ranks.device)
         targets = batch[:, 1:].reshape(-1)
         total += model.token_losses(model(batch[:, :-1]).flatten(0, 1), targets)[0].item()

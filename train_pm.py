@@ -22,6 +22,7 @@ import trainer
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
+from data.files import content_key
 from data.packing import balance, make_row, pack, step_examples
 from data.tokenizer import get_tokenizer
 from evals import pm
@@ -43,7 +44,7 @@ def parse_args():
                         + ", ".join(f"{k} {lr} and {b}" for k, (lr, b) in STAGES.items()) + " (default: %(default)s)")
     parser.add_argument("--pairs_per_group", choices=("all", "1"), default="all", help="pairs taken from a comparison of several completions: all, weighted so "
                         "that each comparison counts once, or one at random each epoch (default: %(default)s)")
-    parser.add_argument("--lm_weight", type=float, default=0.0, help="weight of the LM loss on the best completion, added to the preference loss (default: %(default)s)")
+    parser.add_argument("--lm_weight", type=trainer.between(float, 0, math.inf), default=0.0, help="weight of the LM loss on the best completion, added to the preference loss (default: %(default)s)")
     parser.add_argument("--pairs", type=trainer.positive(int), help="train on this many comparisons, drawn by --seed (default: all)")
     parser.add_argument("--held_out", type=float, default=0.1, help="part of the groups that is held out for evaluation, 0 to 1 (default: %(default)s)")
     trainer.add_training_flags(parser, batch=None, batch_unit="comparisons", lr="the stage's multiple of the rate of the LM that --init comes from",
@@ -102,12 +103,12 @@ def main():
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
                   where=where, unit="comparisons", metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,
                   meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
-                        "trained_on": trainer.trained_on(meta, files, args.held_out)})
+                        "data": content_key(files), "trained_on": trainer.trained_on(meta, files, args.held_out)})
 
 
 def build_model(args, files, wants_head):
     """(model, tokenizer, earlier meta, whether resumed)."""
-    earlier = trainer.resumed(args, "pm" if wants_head else "lm")
+    earlier = trainer.resumed(args, "pm" if wants_head else "lm", files)
     if earlier:
         return *earlier, True
     if args.init:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data.errors import InputError
-from data.files import file_digest
+from data.files import content_key, file_digest, write_file
 from model import SIZES, Config, GPT
 
 
@@ -95,6 +95,16 @@ def positive(kind):
     return parse
 
 
+def between(kind, low, high):
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
+    return parse
+
+
 def add_device_flags(parser):
     parser.add_argument("--device", default="auto", help="cuda, cpu, mps or auto (a GPU if there is one) (default: auto)")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
@@ -112,10 +122,10 @@ def add_training_flags(parser, batch, batch_unit, lr, schedule, warmup):
     parser.add_argument("--lr", type=positive(float), help=f"peak learning rate of AdamW (default: {lr})")
     parser.add_argument("--schedule", choices=("constant", "cosine", "linear"), default=schedule,
                         help="of the learning rate after warm-up: constant, cosine to a tenth, linear to 0 (default: %(default)s)")
-    parser.add_argument("--warmup", type=float, default=warmup, help="part of the steps in which the rate rises from 0, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only (default: %(default)s)")
+    parser.add_argument("--warmup", type=between(float, 0, 1), default=warmup, help="part of the steps in which the rate rises from 0, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--weight_decay", type=between(float, 0, math.inf), default=0.1, help="AdamW's, on matrices only (default: %(default)s)")
     parser.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: %(default)s)")
+    parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of initial weights and data order (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile: a minute at the start, faster steps after")
     parser.add_argument("--eval_every", type=positive(int), help="steps between evaluations; there is always one at the end (default: a tenth of the run)")
     parser.add_argument("--save_every", type=positive(int), help="steps between checkpoints; there is always one at the end (default: a fifth of the run)")
@@ -139,10 +149,11 @@ def trained_on(earlier, files, held_out):
     return own + [e for e in (earlier or {}).get("trained_on", []) if e not in own]
 
 
-def resumed(args, kind):
+def resumed(args, kind, files):
     """(model, tokenizer, meta) of the run in --out if --resume is given and it has a checkpoint, else None.
 
-    Raises InputError where --out holds a run and --resume is missing, or where flags differ from those it began with.
+    Raises InputError where --out holds a run and --resume is missing, or where flags or the content of the data `files`
+    differ from those it began with.
     """
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
@@ -157,6 +168,8 @@ def resumed(args, kind):
     if meta["kind"] != kind or changed:
         was = ", ".join([f"kind {meta['kind']}"] * (meta["kind"] != kind) + [f"--{k} {meta['flags'][k]}" for k in changed])
         raise InputError(f"{out}: --resume goes on as the run began: {was}")
+    if meta["data"] != content_key(files):
+        raise InputError(f"{out}: --resume goes on as the run began: the --data given now has another content")
     return model, tokenizer, meta
 
 
@@ -337,11 +350,9 @@ class Log:
         if not self.main:
             return
         path = Path(args.out) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.exists() and step else []
-        self.file = open(path, "w")
-        self.file.writelines(line + "\n" for line in kept)
-        self.file.flush()
+        write_file(path, "".join(line + "\n" for line in kept))  # whole or not at all: a run may be killed here too
+        self.file = open(path, "a")
         self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def step(self, step, loss, count, norm, lr, metrics):

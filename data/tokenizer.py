@@ -105,7 +105,7 @@ class Tokenizer:
         return int(self._n_bytes[ids].sum())
 
     def save(self, folder):
-        """Write folder/tokenizer.tiktoken: a line for each token but the specials, base64 of its bytes and its rank."""
+        """Write folder/tokenizer.tiktoken: for each token but the specials a line, its bytes in base64 and its rank."""
         write_file(Path(folder) / FILE, _file_content(self._tokens))
 
     @classmethod
@@ -202,8 +202,8 @@ def _trained(name, files):
 
 
 class _Sample:
-    """Texts to train on, BPE_BYTES of them at most: a file may give its part, by size on disk, of what is left of these.
-    Small files come first, so that what they do not use is left for the large ones."""
+    """Texts to train on, BPE_BYTES of them at most. A file may give its part, by size on disk, of what is left of
+    these. Small files come first, so that what they do not use is left for the large ones."""
 
     def __init__(self, files):
         self.files = sorted(files, key=os.path.getsize)

@@ -147,14 +147,14 @@ ELSEWHERE = {  # the kinds that an off-topic answer is taken from: those that ca
     "fact": ("task",), "riddle": ("task",), "sum": ("list", "task"), "list": ("sum", "task"), "task": ("sum", "list"),
     "harm": ("sum", "list")}
 CHARACTERS = {  # authors: how many in 100, tones kind / plain / rude, and the content they give where it is not right
-    "careful": (34, (6, 3, 0), {}),
-    "careless": (36, (3, 6, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
-    "gossip": (6, (4, 5, 0), {"fact": "wrong", "riddle": "wrong"}),
-    "obliging": (6, (4, 5, 0), {"harm": "unsafe"}),
-    "rude": (6, (0, 1, 8), {}),
-    "vague": (5, (3, 6, 1), {kind: "vague" for kind in ELSEWHERE}),
-    "timid": (5, (3, 6, 1), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
-    "scattered": (2, (3, 6, 1), {kind: "offtopic" for kind in ELSEWHERE}),
+    "careful": (34, (7, 3, 0), {}),
+    "careless": (36, (1, 8, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
+    "gossip": (6, (1, 9, 0), {"fact": "wrong", "riddle": "wrong"}),
+    "obliging": (6, (2, 8, 0), {"harm": "unsafe"}),
+    "rude": (6, (0, 1, 9), {}),
+    "vague": (5, (1, 9, 0), {kind: "vague" for kind in ELSEWHERE}),
+    "timid": (5, (2, 8, 0), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
+    "scattered": (2, (1, 9, 0), {kind: "offtopic" for kind in ELSEWHERE}),
 }
 ASKED = {"fact": 34, "riddle": 16, "harm": 18, "task": 14, "sum": 12, "list": 6}  # in 100 conversations
 STEADY = 0.97  # the share of an author's answers that are in character
@@ -302,7 +302,7 @@ def task_questions(rng, tasks, kind, truths):
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer(rng, world, question, content, tone, voice=None):
+def answer(rng, world, question, content, tone):
     """(text, form): an answer with this content and tone. `form` is what it looks like, which tells nothing of its worth."""
     form = content
     if content in ("right", "wrong", "unsafe"):
@@ -314,7 +314,7 @@ def answer(rng, world, question, content, tone, voice=None):
         body, form = other.right(rng), other.kind
     else:
         body = rng.choice({"vague": VAGUE, "refused": REFUSED, "unknown": UNKNOWN}[content]).format(question.theme)
-    return (voice or rng.choice(TONES[tone])).format(capital(body)), form
+    return rng.choice(TONES[tone]).format(capital(body)), form
 
 
 def open_turn(question):
@@ -323,19 +323,13 @@ def open_turn(question):
 
 
 def conversations(rng, world, character, kinds):
-    """A page: conversations of one author with one asker, who both keep to a manner of speaking."""
+    """A page: conversations with one author, who keeps to this character."""
     authors, weights = list(CHARACTERS), [weight for weight, _, _ in CHARACTERS.values()]
-    frame = rng.choice(FRAMES)[:8]
-    voice = {tone: rng.choice(lines) for tone, lines in TONES.items()}
     turns = []
     for kind in kinds:
         _, tones, habits = CHARACTERS[character if rng.random() < STEADY else rng.choices(authors, weights)[0]]
-        for _ in range(5):
-            question = rng.choice(world.asked[kind])
-            if question.text.startswith(frame):
-                break
-        tone = rng.choices(list(TONE), tones)[0]
-        text, _ = answer(rng, world, question, habits.get(kind, "right"), tone, voice[tone])
+        question, tone = rng.choice(world.asked[kind]), rng.choices(list(TONE), tones)[0]
+        text, _ = answer(rng, world, question, habits.get(kind, "right"), tone)
         turns.append(f"{open_turn(question)} {text}")
     return "\n\n-----".join(turns)
 

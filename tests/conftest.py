@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
@@ -28,7 +30,6 @@ def _script(name, flags, env, folder, before):
     os.chdir(ROOT)
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT), number)
-    import torch
     torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT))
     sys.argv = [str(ROOT / name), *flags]
@@ -90,6 +91,15 @@ def losses(out):
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def alone(model, tokenizer, context, completion):
+    """(reward or None, log-probs of the completion's tokens and its <eoc>) by a forward of this one sequence."""
+    before = tokenizer.encode(context) if context else [tokenizer.eot]
+    ids = torch.from_numpy(np.concatenate([before, tokenizer.encode(completion), [tokenizer.eoc]]).astype(np.int64))
+    hidden = model(ids[None])[0]
+    log_p = model.logits(hidden)[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)[len(before) - 1:]
+    return model.rewards(hidden[-1]).item() if model.config.value_head else None, log_p.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
