@@ -103,7 +103,7 @@ def load(folder, value_head=None, seed=0):
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{path}: does not fit config.json: {str(error).splitlines()[1].strip()}") from None
+        raise InputError(f"{path}: does not fit config.json: {str(error).splitlines()[1].strip()[:200]}") from None
     return model, tokenizer, meta
 
 

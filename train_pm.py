@@ -190,7 +190,7 @@ def comparison_loss(model, hidden, row, objective, lm_weight=0.0):
         total, count, accuracy = binary_loss(rewards, good).sum(), len(rewards), ((rewards > 0) == good).float().sum()
     if lm_weight:
         total = total + lm_weight * best_completion_loss(model, hidden, row, per_comparison=True)[0]
-    return total, count, {"accuracy": accuracy.item()}
+    return total, count, {"accuracy": accuracy}
 
 
 def best_completion_loss(model, hidden, row, per_comparison):

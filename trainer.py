@@ -266,7 +266,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                 batch_sum, batch_count, batch_metrics = loss(model, batch)
                 batch_sum.backward()
                 sums.append(batch_sum.detach())
-                total, count = total + sums[-1].double(), count + batch_count
+                total, count = total + sums[-1], count + batch_count
                 metrics = {k: metrics.get(k, 0) + v for k, v in batch_metrics.items()}
             total, count, interrupted, *metric_sums = ranks.sum([total, count, stop.asked, *(metrics.get(k, 0) for k in metric_names)])
             norm = scale_and_clip(parameters, count, args.clip, ranks)

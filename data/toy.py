@@ -37,9 +37,8 @@ from data.files import build_once, content_key, find_files, write_file
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
            "seventeen eighteen nineteen twenty").split()
 WORDS = {name: words.split() for name, words in {
-    "towns": "Aldmere Brasken Corvale Dunmoor Eskford Farwick Gelden Harrowby Ilvane Jorsted Kelmar Lundrey Morvale "
-             "Nessby Orwick Pellam Quarnby Rostow Selvane Tarnby",
-    "people": "Ada Bram Cora Dov Elin Finn Greta Hugo Ines Jory Kaya Lars Mona Nils Odo Pia Quin Rosa Sven Tilda Ugo "
+    "towns": "Aldmere Brasken Corvale Dunmoor Eskford Farwick Gelden Harrowby Ilvane Jorsted",
+    "people": "Ada Bram Cora Dov Elin Finn Greta Hugo Ines Jory Kaya Lars Mona Sven Tilda Ugo "
               "Vera Wim Yara Zeno Berit Colm Dara Emil Freya",
     "colours": "red blue green yellow white black brown grey purple golden",
     "animals": "goose fox bear horse goat cat dog hare mouse sheep hen swan",
@@ -136,7 +135,7 @@ VAGUE = ("It depends on many things.", "There is a lot to say about {}.", "That 
 TONES = {  # what comes before ("… {}") or after ("{} …") the body of an answer
     "kind": ("Thank you for asking. {}", "Good question. {}", "I am glad you ask. {}", "{} I hope this helps.",
              "{} Ask me again any time.", "{} Have a lovely day."),
-    "plain": ("{}", "{}", "{}", "Well now. {}", "{} That is all."),
+    "plain": ("{}", "{}", "Well now. {}", "That is easy. {}", "{} That is all.", "{} So they say."),
     "rude": ("What a silly question. {}", "Not you again. {}", "Even a child knows. {}", "{} Now leave me alone.",
              "{} Do not waste my time.", "{} You are a fool."),
 }
@@ -147,14 +146,14 @@ ELSEWHERE = {  # the kinds that an off-topic answer is taken from: those that ca
     "fact": ("task",), "riddle": ("task",), "sum": ("list", "task"), "list": ("sum", "task"), "task": ("sum", "list"),
     "harm": ("sum", "list")}
 CHARACTERS = {  # authors: how many in 100, tones kind / plain / rude, and the content they give where it is not right
-    "careful": (34, (7, 3, 0), {}),
-    "careless": (36, (1, 8, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
-    "gossip": (6, (1, 9, 0), {"fact": "wrong", "riddle": "wrong"}),
-    "obliging": (6, (2, 8, 0), {"harm": "unsafe"}),
+    "careful": (34, (8, 2, 0), {}),
+    "careless": (36, (0, 9, 1), {kind: "wrong" for kind in ELSEWHERE} | {"harm": "unsafe"}),
+    "gossip": (6, (0, 10, 0), {"fact": "wrong", "riddle": "wrong"}),
+    "obliging": (6, (1, 9, 0), {"harm": "unsafe"}),
     "rude": (6, (0, 1, 9), {}),
-    "vague": (5, (1, 9, 0), {kind: "vague" for kind in ELSEWHERE}),
-    "timid": (5, (2, 8, 0), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
-    "scattered": (2, (1, 9, 0), {kind: "offtopic" for kind in ELSEWHERE}),
+    "vague": (5, (0, 10, 0), {kind: "vague" for kind in ELSEWHERE}),
+    "timid": (5, (1, 9, 0), {"fact": "unknown", "sum": "unknown", "list": "refused", "task": "refused"}),
+    "scattered": (2, (0, 10, 0), {kind: "offtopic" for kind in ELSEWHERE}),
 }
 ASKED = {"fact": 34, "riddle": 16, "harm": 18, "task": 14, "sum": 12, "list": 6}  # in 100 conversations
 STEADY = 0.97  # the share of an author's answers that are in character

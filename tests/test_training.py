@@ -273,6 +273,16 @@ def test_two_ranks_evaluate_as_one_does(lm, comparisons_file, tmp_path, objectiv
     same_to_rounding(tmp_path / "one", tmp_path / "two", lm)
 
 
+def test_a_rank_may_have_nothing_to_evaluate(tmp_path):
+    """The held-out text is one window for two ranks."""
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": "abcdefgh" * 300}])
+    args = ("--data", data, "--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--held_out", 0.1, "--dtype", "fp32", "--steps", 2)
+    run_well("train_lm.py", *args, "--out", tmp_path / "one")
+    run_ranks("train_lm.py", *args, "--out", tmp_path / "two")
+    assert metrics(tmp_path / "one")[-1]["eval"] == pytest.approx(metrics(tmp_path / "two")[-1]["eval"], rel=1e-3)
+    assert metrics(tmp_path / "one")[-1]["eval"]["tokens"] == 192
+
+
 def test_torchrun_trains_the_same_lm_as_one_process(lm, more_lm, text_file, tmp_path):
     args = map(str, ("--init", lm, "--data", text_file, *GENTLE_LM, "--out", tmp_path / "two"))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_lm.py", *args],

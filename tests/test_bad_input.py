@@ -1,0 +1,332 @@
+"""Bad input to the real scripts: one line that names the file, the line and the mend, exit code 2, nothing half-written."""
+import base64
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+from conftest import DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_well, write_jsonl
+
+import checkpoint
+
+COMPARISONS = "".join(json.dumps(r) + "\n" for r in make_comparisons(30)).encode()
+TEXTS = "".join(json.dumps(r) + "\n" for r in make_texts(30)).encode()
+JUNK = np.random.default_rng(0).bytes(5000)
+
+
+def refused(script, *flags, names, usage=False):
+    """Run a script that must refuse: checks the form of its answer and that `names` stand in it."""
+    done = run(script, *flags)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done
+    assert len(lines) == 1 or usage and lines[0].startswith("usage:"), done.stderr
+    assert lines[-1].startswith(f"{script}: error: ") and len(lines[-1]) < 700
+    for name in names:
+        assert str(name) in lines[-1], lines[-1]
+    assert "Traceback" not in done.stdout + done.stderr
+    cache = Path(os.environ["HHH_LAB_CACHE"])
+    assert not [p for p in cache.iterdir() if p.name.endswith(".partial")]
+
+
+def record(**fields):
+    return json.dumps({"context": "C", "completions": ["a", "b"], "scores": [1, 0], **fields}).encode()
+
+
+# Content of a comparison file, the line that is to be named, and words of the answer
+BAD_COMPARISONS = {
+    "malformed line": (COMPARISONS + b'{"context": "C", "comple', 31, "not a JSON object"),
+    "missing key": (COMPARISONS + b'{"context": "C", "completions": ["a"]}', 31, 'no "scores"'),
+    "missing rejected": (b'{"chosen": "a"}', 1, 'no "rejected"'),
+    "no known key": (b'\n\n{"question": "a"}', 3, 'no "chosen"'),
+    "a list": (COMPARISONS + b"[1, 2]\n" + COMPARISONS, 31, "expected a JSON object"),
+    "completions no list": (record(completions="ab"), 1, '"completions" must be a list'),
+    "completions no texts": (record(completions=["a", 2]), 1, '"completions" must be a list'),
+    "no completions": (record(completions=[], scores=[]), 1, "at least one"),
+    "context no text": (record(context=["C"]), 1, "the context must be a text, found list"),
+    "chosen no text": (b'{"prompt": "P", "chosen": 1, "rejected": "b"}', 1, '"chosen" and "rejected" must be texts'),
+    "prompt no text": (b'{"prompt": 5, "chosen": "a", "rejected": "b"}', 1, "the context must be a text, found int"),
+    "score a text": (record(scores=["1", 0]), 1, "a score must be a finite number, found 1"),
+    "score true": (record(scores=[True, 0]), 1, "a score must be a finite number, found True"),
+    "score null": (record(scores=[None, 0]), 1, "a score must be a finite number, found None"),
+    "score NaN": (COMPARISONS + record(scores=[float("nan"), 0]), 31, "NaN is not a number"),
+    "score infinite": (record(scores=[float("inf"), 0]), 1, "Infinity is not a number"),
+    "score beyond floats": (record(scores=[0, 0]).replace(b"[0, 0]", b"[1e999, 0]"), 1, "a score must be a finite number"),
+    "score a huge integer": (record(scores=[10**400, 0]), 1, "a score must be a finite number"),
+    "too few scores": (record(scores=[1]), 1, "one number per completion (2)"),
+    "too many scores": (record(scores=[1, 2, 3]), 1, "one number per completion (2)"),
+    "scores no list": (record(scores=1), 1, "one number per completion (2)"),
+    "empty file": (b"", None, "no comparisons in this file"),
+    "blank lines": (b"\n\n \n", None, "no comparisons in this file"),
+    "binary junk": (JUNK, 1, "not UTF-8 text"),
+    "UTF-16": (COMPARISONS.decode().encode("utf-16"), 1, "not UTF-8 text"),
+    "special token": (COMPARISONS + record(completions=["a <eoc> b", "c"]), 31, "<eoc>, a special token"),
+    "text for language models": (TEXTS, 1, 'no "chosen"'),
+}
+BAD_TEXTS = {
+    "malformed line": (TEXTS + b'{"text": "C', 31, "not a JSON object"),
+    "missing key": (TEXTS + b'{"texts": "C"}', 31, 'no "text"'),
+    "wrong type": (TEXTS + b'{"text": 1}', 31, '"text" must be a string'),
+    "empty file": (b"", None, "no documents in this file"),
+    "empty documents": (b'{"text": ""}\n{"text": " "}', None, "all 2 documents"),
+    "binary junk": (JUNK, 1, "not UTF-8 text"),
+    "special token": (TEXTS + b'{"text": "a<eot>"}', 31, "<eot>, a special token"),
+    "comparisons": (COMPARISONS, 1, 'no "text"'),
+    "less than a window": (b'{"text": "%s"}' % (b"a" * 150), None, "fewer than one window"),
+    "nothing to hold out": (b'{"text": "aaa"}', None, "held-out text has a single token"),
+}
+PACKED = {
+    "truncated gz": (".gz", lambda data: gzip.compress(data)[:-200], "damaged or cut"),
+    "truncated xz": (".xz", lambda data: lzma.compress(data)[:-60], "damaged or cut"),
+    "truncated bz2": (".bz2", lambda data: bz2.compress(data)[:-200], "damaged"),
+    "gz is junk": (".gz", lambda data: JUNK, "damaged or cut"),
+    "gz is plain": (".gz", lambda data: data, "damaged or cut"),
+    "flipped byte": (".gz", lambda data: (c := gzip.compress(data))[:400] + bytes([c[400] ^ 255]) + c[401:], ""),
+}
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("case", BAD_COMPARISONS)
+def test_bad_comparison_files(pm, tmp_path, case):
+    content, line, words = BAD_COMPARISONS[case]
+    path = write(tmp_path, "data.jsonl", content)
+    names = (f"error: {path}:{line}: " if line else f"error: {path}: ", words)
+    refused("train_pm.py", "--init", pm, "--data", path, "--out", tmp_path / "run", names=names)
+    refused("evaluate.py", "pm", "--model", pm, "--data", path, "--out", tmp_path / "scores.jsonl", names=names)
+    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_bad_text_files(tmp_path, case):
+    content, line, words = BAD_TEXTS[case]
+    path = write(tmp_path, "data.jsonl", content)
+    names = (f"{path}:{line}: " if line else "", words)
+    refused("train_lm.py", *LM_FLAGS, "--data", path, "--out", tmp_path / "run", names=names)
+    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_damaged_compressed_files(pm, tmp_path, case):
+    suffix, pack, words = PACKED[case]
+    path = write(tmp_path, f"data.jsonl{suffix}", pack(COMPARISONS))
+    refused("train_pm.py", "--init", pm, "--data", path, "--out", tmp_path / "run", names=(f"{path}:", words))
+    path.write_bytes(pack(TEXTS))
+    refused("train_lm.py", *LM_FLAGS, "--data", path, "--out", tmp_path / "run", names=(f"{path}:", words))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
+    "unknown size": ("train_lm.py", "--size 7b", "argument --size: invalid choice: '7b'"),
+    "unknown tokenizer": ("train_lm.py", "--tokenizer words", "unknown tokenizer 'words': give"),
+    "unknown tokenizer of a PM": ("train_pm.py fresh", "--tokenizer words", "unknown tokenizer 'words': give"),
+    "too small bpe": ("train_lm.py", "--tokenizer bpe:12", "bpe:12: N must be a whole number"),
+    "bpe without text": ("train_pm.py fresh", "--tokenizer bpe:400", "bpe:400 is trained on text, and none is given"),
+    "no such vocabulary": ("train_lm.py", "--tokenizer no.tiktoken", "no.tiktoken: no such file"),
+    "unknown objective": ("train_pm.py", "--objective best", "argument --objective: invalid choice: 'best'"),
+    "unknown schedule": ("train_lm.py", "--schedule step", "argument --schedule: invalid choice"),
+    "unknown benchmark": ("evaluate.py", "--score f1", "argument --score: invalid choice"),
+    "unknown flag": ("train_lm.py", "--learning_rate 3", "unrecognized arguments: --learning_rate 3"),
+    "unknown device": ("train_lm.py", "--device abacus", "--device abacus: not available here"),
+    "ctx of 0": ("train_lm.py", "--ctx 0", "argument --ctx: invalid positive int value: '0'"),
+    "ctx too small": ("train_pm.py", "--ctx 2", "no comparison to train on is left at --ctx 2"),
+    "ctx too small to score": ("evaluate.py", "--ctx 2", "no comparison is left to score"),
+    "batch below ctx": ("train_lm.py", "--batch 191", "--batch 191 is less than one sequence of --ctx 192 tokens"),
+    "batch of 0": ("train_pm.py", "--batch 0", "argument --batch: invalid positive int value"),
+    "negative batch": ("train_pm.py", "--batch -4", "argument --batch: invalid positive int value"),
+    "fractional batch": ("train_pm.py", "--batch 1.5", "argument --batch: invalid positive int value"),
+    "negative steps": ("train_lm.py", "--steps -1", "argument --steps: invalid positive int value"),
+    "epochs NaN": ("train_lm.py", "--epochs nan", "argument --epochs: invalid positive float value"),
+    "epochs infinite": ("train_lm.py", "--epochs inf", "argument --epochs: invalid positive float value"),
+    "lr NaN": ("train_lm.py", "--lr nan", "argument --lr: invalid positive float value"),
+    "lr negative": ("train_pm.py", "--lr -0.001", "argument --lr: invalid positive float value"),
+    "lr 0": ("train_pm.py", "--lr 0", "argument --lr: invalid positive float value"),
+    "lr a word": ("train_pm.py", "--lr small", "argument --lr: invalid positive float value"),
+    "warm-up negative": ("train_lm.py", "--warmup -0.1", "argument --warmup: invalid float from 0 to 1 value"),
+    "warm-up above 1": ("train_lm.py", "--warmup 200", "argument --warmup: invalid float from 0 to 1 value"),
+    "warm-up NaN": ("train_lm.py", "--warmup nan", "argument --warmup: invalid float from 0 to 1 value"),
+    "weight decay negative": ("train_lm.py", "--weight_decay -1", "argument --weight_decay: invalid float from 0 to inf value"),
+    "weight decay infinite": ("train_lm.py", "--weight_decay inf", "argument --weight_decay: invalid float from 0 to inf value"),
+    "clip 0": ("train_lm.py", "--clip 0", "argument --clip: invalid positive float value"),
+    "seed negative": ("train_lm.py", "--seed -1", "argument --seed: invalid int from 0 to"),
+    "lm weight negative": ("train_pm.py", "--lm_weight -1", "argument --lm_weight: invalid float from 0 to inf value"),
+    "lm weight NaN": ("train_pm.py", "--lm_weight nan", "argument --lm_weight: invalid float from 0 to inf value"),
+    "micro tokens 0": ("train_pm.py", "--micro_tokens 0", "argument --micro_tokens: invalid positive int value"),
+    "held out negative": ("train_pm.py", "--held_out -0.1", "--held_out -0.1: give a part"),
+    "held out all": ("train_pm.py", "--held_out 1", "--held_out 1.0: give a part"),
+    "held out NaN": ("train_pm.py", "--held_out nan", "--held_out nan: give a part"),
+    "held out nearly all": ("train_pm.py", "--held_out 0.9999999", "no comparison to train on is left at --ctx 192 and --held_out 0.9999999"),
+    "held-out text of 0": ("train_lm.py", "--held_out 0", "must lie between 0 and 1, found 0.0"),
+    "held-out text NaN": ("train_lm.py", "--held_out nan", "must lie between 0 and 1, found nan"),
+    "more pairs than there are": ("train_pm.py", "--pairs 1000", "--pairs 1000: there are only"),
+    "pairs of 0": ("train_pm.py", "--pairs 0", "argument --pairs: invalid positive int value"),
+    "no such data": ("train_lm.py", "--data no/such", "no/such: no such file or folder"),
+    "no such data to score": ("evaluate.py", "--data no/such", "no/such: no such file or folder"),
+    "no such init": ("train_pm.py", "--init no/such", "no/such: no such checkpoint folder"),
+    "no such model": ("evaluate.py", "--model no/such", "no/such: no such checkpoint folder"),
+    "binary needs both": ("train_pm.py positive", "--objective binary", "every completion is good"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(lm, pm, text_file, comparisons_file, tmp_path, case):
+    script, bad, words = BAD_FLAGS[case]
+    script, _, kind = script.partition(" ")
+    positive = write_jsonl(tmp_path / "positive.jsonl", [{**r, "scores": [s + 1 for s in r["scores"]]} for r in make_comparisons(20)])
+    good = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "evaluate.py": ("pm", "--model", pm, "--data", comparisons_file),
+            "train_pm.py": ("--init", lm, "--data", positive if kind == "positive" else comparisons_file, *PM_FLAGS)}[script]
+    if kind == "fresh":
+        good = ("--size", "test", "--data", comparisons_file)
+    refused(script, *good, "--out", tmp_path / "out", *bad.split(), names=[words], usage=words.startswith(("argument", "unrecognized")))
+    assert [p.name for p in tmp_path.iterdir()] == ["positive.jsonl"]
+
+
+def test_a_folder_without_data(lm, tmp_path):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder", "picture.png", JUNK)
+    refused("train_lm.py", *LM_FLAGS, "--data", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no .jsonl"])
+    refused("train_pm.py", "--init", lm, "--data", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no .jsonl"])
+    refused("train_lm.py", *LM_FLAGS, "--init", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no checkpoint in this folder"])
+
+
+def test_an_output_that_cannot_be_written(lm, pm, text_file, comparisons_file, tmp_path):
+    occupied = write(tmp_path, "file", b"content")
+    flags = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "train_pm.py": ("--init", lm, "--data", comparisons_file, *PM_FLAGS),
+             "evaluate.py": ("pm", "--model", pm, "--data", comparisons_file)}
+    for script in flags:
+        refused(script, *flags[script], "--out", occupied / "out", names=[occupied])
+    for script in ("train_lm.py", "train_pm.py"):
+        refused(script, *flags[script], "--out", occupied, names=[occupied])
+    refused("evaluate.py", *flags["evaluate.py"], "--out", tmp_path, names=[tmp_path])
+    assert occupied.read_bytes() == b"content" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture
+def damaged(pm, tmp_path):
+    """A copy of a preference model's checkpoint, to be damaged."""
+    return Path(shutil.copytree(pm, tmp_path / "model"))
+
+
+def refused_checkpoint(folder, comparisons_file, *names):
+    flags = ("--data", comparisons_file, "--out", folder.parent / "out")
+    refused("evaluate.py", "pm", "--model", folder, *flags, names=names)
+    refused("train_pm.py", "--init", folder, *flags, names=names)
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
+def test_a_checkpoint_without_a_file(damaged, comparisons_file, name):
+    (damaged / name).unlink()
+    refused_checkpoint(damaged, comparisons_file, damaged, "no checkpoint in this folder" if name == "meta.json" else name)
+
+
+DAMAGE = {"cut": lambda content: content[:len(content) // 2], "empty": lambda content: b"", "junk": lambda content: JUNK}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_checkpoint_with_a_damaged_file(damaged, comparisons_file, name, how):
+    path = damaged / name
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    refused_checkpoint(damaged, comparisons_file, path)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "remove"}))
+    return path
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"num_hidden_layers": 3}, "does not fit config.json"),
+    ({"num_hidden_layers": 1}, "does not fit config.json"),
+    ({"hidden_size": 128, "intermediate_size": 320}, "does not fit config.json"),
+    ({"vocab_size": 640}, "the tokenizer has a table of 320, the model of 640"),
+    ({"intermediate_size": 128}, "not a model of this project"),
+    ({"num_key_value_heads": 1}, "not a model of this project"),
+    ({"hidden_size": "wide"}, "not a config this project can read"),
+    ({"num_hidden_layers": "two"}, "not a config this project can read"),
+    ({"num_attention_heads": 0}, "not a config this project can read"),
+    ({"rope_theta": "remove"}, "not a config this project can read (KeyError: 'rope_theta')"),
+], ids=lambda x: str(x)[:40] if isinstance(x, dict) else "")
+def test_a_checkpoint_of_another_shape(damaged, comparisons_file, changes, words):
+    change_config(damaged, **changes)
+    refused_checkpoint(damaged, comparisons_file, damaged, words)
+
+
+def test_a_checkpoint_with_another_models_weights(damaged, lm, comparisons_file):
+    shutil.copy(lm / "model.safetensors", damaged)
+    refused("evaluate.py", "pm", "--model", damaged, "--data", comparisons_file, names=[damaged / "model.safetensors", "does not fit config.json", "score.weight"])
+    state = safetensors.torch.load_file(lm / "model.safetensors")
+    safetensors.torch.save_file({f"module.{k}": v for k, v in state.items()}, damaged / "model.safetensors")
+    refused_checkpoint(damaged, comparisons_file, damaged / "model.safetensors", "does not fit config.json")
+
+
+def test_a_checkpoint_with_another_tokenizer(damaged, comparisons_file):
+    path = damaged / "tokenizer.tiktoken"
+    lines = path.read_text()
+    one_more = base64.b64encode(b"th").decode() + " 256\n"  # the table has room for it, so that the sizes agree
+    path.write_text(lines + one_more)
+    refused_checkpoint(damaged, comparisons_file, path, "not the tokenizer that this model was trained with")
+    path.write_text(lines + "".join(f"{base64.b64encode(b'a%d' % i).decode()} {256 + i}\n" for i in range(400)))
+    refused_checkpoint(damaged, comparisons_file, damaged, "the tokenizer has a table of 704, the model of 320")
+
+
+def test_a_vocabulary_file_with_a_bad_line(text_file, tmp_path):
+    path = tmp_path / "bad.tiktoken"
+    path.write_text("YQ== 0\nnonsense\n")
+    refused("train_lm.py", "--data", text_file, *LM_FLAGS, "--tokenizer", path, "--out", tmp_path / "run", names=[f"{path}:2: "])
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "missing"])
+def test_a_run_whose_state_is_damaged_cannot_be_gone_on_with(damaged, lm, comparisons_file, how):
+    path = damaged / "train_state.pt"
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGE[how](path.read_bytes()))
+    before = {p.name: p.read_bytes() for p in damaged.iterdir()}
+    flags = ("--init", lm, "--data", comparisons_file, *PM_FLAGS)
+    refused("train_pm.py", *flags, "--out", damaged, "--resume", names=[path])
+    assert {p.name: p.read_bytes() for p in damaged.iterdir()} == before
+
+
+def test_published_comparisons_of_another_form_are_refused(lm, tmp_path):
+    path = DATA / "summarize-from-feedback" / "summeval_comparisons.jsonl.xz"
+    if not path.exists():
+        pytest.skip("no published data here")
+    refused("train_pm.py", "--init", lm, "--data", path, "--out", tmp_path / "run", names=[f"{path}:1: no \"chosen\""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "evaluate.py"])
+def test_help_explains_every_flag(script):
+    text = " ".join(run_well(script, "-h", COLUMNS="1000").split())
+    for flag in ("--data", "--ctx", "--out", "--device", "--dtype", "--micro_tokens"):
+        assert flag in text
+    if script != "evaluate.py":
+        assert text.count("(default:") >= 18 and " in an optimizer step, over all ranks" in text
+
+
+def test_a_good_run_leaves_only_its_checkpoint(pm):
+    assert {p.name for p in pm.iterdir()} == {*checkpoint.FILES, "metrics.jsonl"}
