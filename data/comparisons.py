@@ -141,6 +141,8 @@ class Comparisons:
 DTYPES = {"offsets": np.int64, "chars": np.int32, "segment_scores": np.float64, "first": np.int64,
           "groups": np.uint64, "lines": np.int64}
 
+COUNTS = ("comparisons", "completions", "groups", "empty", "identical", "duplicate")
+
 
 def load_comparisons(files, tokenizer, quiet=False):
     """Read, check and tokenise comparison files; cached by content and tokenizer, so the second time is instant.
@@ -155,8 +157,7 @@ def load_comparisons(files, tokenizer, quiet=False):
     data["lines"] = data["lines"].reshape(-1, 2)
     path = folder / "tokens"
     tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r") if path.stat().st_size else np.zeros(0, tokenizer.dtype)
-    counts = dict(zip(("comparisons", "completions", "groups", "empty", "identical", "duplicate"),
-                      np.fromfile(folder / "counts", np.int64).tolist()))
+    counts = dict(zip(COUNTS, np.fromfile(folder / "counts", np.int64).tolist()))
     if not quiet:
         print(f"{', '.join(map(str, files))}: {counts['comparisons']:,} comparisons, {counts['completions']:,} completions, "
               f"{counts['groups']:,} groups, {len(tokens):,} tokens; {counts['empty']} empty completions, "
@@ -166,30 +167,27 @@ def load_comparisons(files, tokenizer, quiet=False):
 
 
 def _build(folder, files, tokenizer):
-    out = {key: open(folder / key, "wb") for key in ("tokens", *DTYPES)}
-    counts, groups, seen = Counter(), set(), set()
+    out = {key: open(folder / key, "wb") for key in ("tokens", "keys", *DTYPES)}
+    counts = Counter()
 
     def write(key, values):
-        out[key].write(np.asarray(values, DTYPES[key]).tobytes())
+        out[key].write(np.asarray(values, DTYPES.get(key, np.uint64)).tobytes())
 
-    def texts():
+    def texts(progress):
         segment = 0
         for file_number, path in enumerate(files):
             before = counts["comparisons"]
-            for line, record in read_records(path):
+            for line, record in read_records(path, progress):
                 where = f"{path}:{line}"
                 context, completions, scores, group = parse(record, where)
                 for special in filter(None, map(find_special, (context, *completions))):
                     raise InputError(f"{where}: the text holds {special}, a special token; write it differently there")
-                key, group = hash64(repr((context, completions, scores))), hash64(group)
                 counts["comparisons"] += 1
                 counts["completions"] += len(completions)
                 counts["empty"] += sum(not c.strip() for c in completions)
                 counts["identical"] += len(set(completions)) < len(completions)
-                counts["duplicate"] += key in seen
-                seen.add(key)
-                groups.add(group)
-                write("groups", [group])
+                write("keys", [hash64(repr((context, completions, scores)))])
+                write("groups", [hash64(group)])
                 write("lines", [file_number, line])
                 write("chars", [len(context), *map(len, completions)])
                 write("segment_scores", [0, *scores])
@@ -202,12 +200,14 @@ def _build(folder, files, tokenizer):
 
     offset = 0
     write("offsets", [0])
-    for ids in tqdm(tokenizer.encode_many(texts()), desc="tokenizing", unit=" texts", disable=None):
-        out["tokens"].write(np.asarray(ids, tokenizer.dtype).tobytes())
-        offset += len(ids)
-        write("offsets", [offset])
+    with tqdm(total=sum(map(os.path.getsize, files)), desc="tokenizing", unit="B", unit_scale=True, disable=None) as progress:
+        for ids in tokenizer.encode_many(texts(progress)):
+            out["tokens"].write(np.asarray(ids, tokenizer.dtype).tobytes())
+            offset += len(ids)
+            write("offsets", [offset])
     for file in out.values():
         file.close()
-    counts["groups"] = len(groups)
-    np.array([counts[k] for k in ("comparisons", "completions", "groups", "empty", "identical", "duplicate")],
-             np.int64).tofile(folder / "counts")
+    counts["groups"] = len(np.unique(np.fromfile(folder / "groups", np.uint64)))
+    counts["duplicate"] = counts["comparisons"] - len(np.unique(np.fromfile(folder / "keys", np.uint64)))
+    os.remove(folder / "keys")
+    np.array([counts[k] for k in COUNTS], np.int64).tofile(folder / "counts")

@@ -102,9 +102,9 @@ def parse_json(path, number, line):
     return record
 
 
-def read_records(path):
+def read_records(path, progress=None):
     """Yield (line number, dict) for each non-blank line of a JSON-lines file."""
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, progress):
         if line.strip():
             yield number, parse_json(path, number, line)
 

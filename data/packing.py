@@ -4,6 +4,7 @@ Everything is a pure function of (seed, step, example), so a run resumes with on
 same batches.
 """
 import bisect
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from model import Layout
 
 
+@functools.lru_cache(maxsize=2)  # made once an epoch, not once a step
 def epoch_order(n, seed, epoch):
     """A permutation of n examples, pure in (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)

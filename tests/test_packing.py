@@ -42,7 +42,8 @@ def test_pack_takes_each_once_and_never_too_much(seed):
 
 def test_pack_fits_best():
     assert pack([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
-    assert pack([7, 6, 3, 4, 3], 10) == [[0, 2], [1, 3], [4]]  # 4 goes where just 4 are left, not where 3 are
+    assert pack([6, 7, 3, 1], 10) == [[1, 2], [0, 3]]  # 3 goes where just 3 are left, not where 4 are
+    assert pack([7, 6, 3, 4, 3], 10) == [[0, 2], [1, 3], [4]]
     assert pack([11, 5, 5], 10) == [[0], [1, 2]]
     assert pack([], 10) == []
 
