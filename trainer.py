@@ -4,6 +4,7 @@ A script gives `loss(model, batch) -> (sum, count, metrics)`: the summed loss of
 (tokens, comparisons), and a dict of further sums over the same count. The step's loss is the sum over all micro-batches
 and ranks divided by the global count, so a batch of 8, 8 batches of 1 and two ranks are the same step by construction.
 """
+import ctypes
 import datetime
 import json
 import math
@@ -22,6 +23,8 @@ import checkpoint
 from data.errors import InputError
 from data.files import content_key, file_digest, write_file
 from model import SIZES, Config, GPT
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass
@@ -63,6 +66,12 @@ def start(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    if device.type == "cpu" and sys.platform == "linux":
+        # Keep freed memory instead of giving it back and faulting it in again each step: 4 % faster (results/LOG.md).
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+        if mallopt:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     torch.backends.cuda.matmul.allow_tf32 = True
     return Ranks(rank, world, device)
 

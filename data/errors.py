@@ -19,6 +19,10 @@ def run_main(main):
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
+    except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in ("allocate memory", "out of memory")):
+            raise
+        message = f"out of memory ({str(error).splitlines()[0][:120]}); give a smaller --micro_tokens, --batch or --size"
     else:
         return
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "tokenizers", "train_lm", "train_pm", "evaluate"])
+processes.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
+                                  "train_lm", "train_pm", "evaluate"])
 
 
 def _script(name, flags, env, folder, before):
@@ -81,7 +82,8 @@ def run_well(name, *flags, **settings):
 
 def metrics(out, drop=("seconds",)):
     """The records of a run's metrics.jsonl, without the clock's."""
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]
 
 
 def losses(out):
@@ -106,7 +108,8 @@ def alone(model, tokenizer, context, completion):
 # Small data, the same every time
 
 
-SUBJECTS, VERBS, PLACES = ("the cat", "a dog", "my friend", "the miller", "an owl"), ("sleeps", "waits", "sings"), ("at home", "by the river", "up there")
+SUBJECTS = ("the cat", "a dog", "my friend", "the miller", "an owl")
+VERBS, PLACES = ("sleeps", "waits", "sings"), ("at home", "by the river", "up there")
 
 
 def sentence(rng):
@@ -145,7 +148,8 @@ def comparisons_file(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("comparisons") / "comparisons.jsonl", make_comparisons())
 
 
-LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10, "--held_out", 0.1, "--dtype", "fp32")
+LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10, "--held_out", 0.1,
+            "--dtype", "fp32")
 PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003)
 
 

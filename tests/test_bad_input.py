@@ -168,7 +168,7 @@ BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
     "held out negative": ("train_pm.py", "--held_out -0.1", "--held_out -0.1: give a part"),
     "held out all": ("train_pm.py", "--held_out 1", "--held_out 1.0: give a part"),
     "held out NaN": ("train_pm.py", "--held_out nan", "--held_out nan: give a part"),
-    "held out nearly all": ("train_pm.py", "--held_out 0.9999999", "no comparison to train on is left at --ctx 192 and --held_out 0.9999999"),
+    "held out nearly all": ("train_pm.py", "--held_out 0.9999999", "no comparison to train on is left at --ctx 192 and --held_out 0.99"),
     "held-out text of 0": ("train_lm.py", "--held_out 0", "must lie between 0 and 1, found 0.0"),
     "held-out text NaN": ("train_lm.py", "--held_out nan", "must lie between 0 and 1, found nan"),
     "more pairs than there are": ("train_pm.py", "--pairs 1000", "--pairs 1000: there are only"),
@@ -194,12 +194,13 @@ def test_bad_flags(lm, pm, text_file, comparisons_file, tmp_path, case):
     assert [p.name for p in tmp_path.iterdir()] == ["positive.jsonl"]
 
 
-def test_a_folder_without_data(lm, tmp_path):
+def test_a_folder_without_data(lm, comparisons_file, tmp_path):
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder", "picture.png", JUNK)
-    refused("train_lm.py", *LM_FLAGS, "--data", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no .jsonl"])
-    refused("train_pm.py", "--init", lm, "--data", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no .jsonl"])
-    refused("train_lm.py", *LM_FLAGS, "--init", tmp_path / "folder", "--out", tmp_path / "run", names=[f"{tmp_path / 'folder'}: no checkpoint in this folder"])
+    folder, out = tmp_path / "folder", tmp_path / "run"
+    refused("train_lm.py", *LM_FLAGS, "--data", folder, "--out", out, names=[f"{folder}: no .jsonl"])
+    refused("train_pm.py", "--init", lm, "--data", folder, "--out", out, names=[f"{folder}: no .jsonl"])
+    refused("train_pm.py", "--init", folder, "--data", comparisons_file, "--out", out, names=[f"{folder}: no checkpoint in this folder"])
 
 
 def test_an_output_that_cannot_be_written(lm, pm, text_file, comparisons_file, tmp_path):
@@ -274,7 +275,8 @@ def test_a_checkpoint_of_another_shape(damaged, comparisons_file, changes, words
 
 def test_a_checkpoint_with_another_models_weights(damaged, lm, comparisons_file):
     shutil.copy(lm / "model.safetensors", damaged)
-    refused("evaluate.py", "pm", "--model", damaged, "--data", comparisons_file, names=[damaged / "model.safetensors", "does not fit config.json", "score.weight"])
+    names = (damaged / "model.safetensors", "does not fit config.json", "score.weight")
+    refused("evaluate.py", "pm", "--model", damaged, "--data", comparisons_file, names=names)
     state = safetensors.torch.load_file(lm / "model.safetensors")
     safetensors.torch.save_file({f"module.{k}": v for k, v in state.items()}, damaged / "model.safetensors")
     refused_checkpoint(damaged, comparisons_file, damaged / "model.safetensors", "does not fit config.json")

@@ -37,7 +37,8 @@ def texts(data, i):
 
 
 def test_the_three_forms():
-    assert parse({"context": "C", "completions": ["a", "b"], "scores": [2, -0.5], "group": "g"}, "f:1") == ("C", ["a", "b"], [2, -0.5], "g")
+    assert parse({"context": "C", "completions": ["a", "b"], "scores": [2, -0.5], "group": "g"}, "f:1") == (
+        "C", ["a", "b"], [2, -0.5], "g")
     assert parse({"prompt": "P", "chosen": " a", "rejected": " b", "model": "m"}, "f:1") == ("P", [" a", " b"], [1, 0], "P")
     assert parse({"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}, "f:1") == (
         "\n\nHuman: Q\n\nAssistant:", [" a", " b"], [1, 0], "\n\nHuman: Q\n\nAssistant:")
@@ -93,7 +94,8 @@ def test_every_compression_reads_the_same(tmp_path, suffix, pack):
 def test_files_of_several_forms_are_one_data_set(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [{"context": "C ✓", "completions": ["x", "", "z"], "scores": [0.5, -1, 3]}])
     b = tmp_path / "b.jsonl"
-    b.write_text('\n{"chosen": "\\n\\nHuman: Q\\n\\nAssistant: y", "rejected": "\\n\\nHuman: Q\\n\\nAssistant: n"}\n\n{"prompt": "", "chosen": "1", "rejected": "2"}')
+    b.write_text('\n{"chosen": "\\n\\nHuman: Q\\n\\nAssistant: y", "rejected": "\\n\\nHuman: Q\\n\\nAssistant: n"}\n\n'
+                 '{"prompt": "", "chosen": "1", "rejected": "2"}')
     data = load_comparisons([a, b], BYTES, quiet=True)
     assert [texts(data, i) for i in range(3)] == [
         ("C ✓", ["x", "", "z"], [0.5, -1, 3]), ("\n\nHuman: Q\n\nAssistant:", [" y", " n"], [1, 0]), ("", ["1", "2"], [1, 0])]
@@ -115,7 +117,8 @@ def test_empty_equal_and_repeated_are_counted_printed_and_kept(tmp_path, capsys)
     data = load_comparisons([path], BYTES)
     assert data.counts == {"comparisons": 7, "completions": 15, "groups": 5, "empty": 4, "identical": 2, "duplicate": 2}
     out = capsys.readouterr().out
-    for words in ("7 comparisons", "15 completions", "5 groups", "4 empty completions", "2 comparisons with equal completions", "2 repeated comparisons"):
+    for words in ("7 comparisons", "15 completions", "5 groups", "4 empty completions", "2 comparisons with equal completions",
+                  "2 repeated comparisons"):
         assert words in out
     assert len(data) == 7 and data.differ().tolist() == [True, True, True, True, True, False, True]
     load_comparisons([path], BYTES)

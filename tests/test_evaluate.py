@@ -180,7 +180,8 @@ def test_what_an_ancestor_saw_is_remembered(pm, comparisons_file, tmp_path):
     """Trained on one file with 0.3 held out, then on another, then on the first again with 0.5: 0.3 is what nobody saw."""
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(40, seed=1))
     run_well("train_pm.py", "--init", pm, "--data", other, *PM_FLAGS, "--steps", 1, "--out", tmp_path / "second")
-    run_well("train_pm.py", "--init", tmp_path / "second", "--data", comparisons_file, *PM_FLAGS, "--steps", 1, "--held_out", 0.5, "--out", tmp_path / "third")
+    again = ("--data", comparisons_file, *PM_FLAGS, "--steps", 1, "--held_out", 0.5)
+    run_well("train_pm.py", "--init", tmp_path / "second", *again, "--out", tmp_path / "third")
     for model in ("second", "third"):
         assert evaluate("--model", tmp_path / model, "--data", comparisons_file)[0]["n"] == len(held_out_lines(comparisons_file, 0.3)[0])
         assert evaluate("--model", tmp_path / model, "--data", other)[0]["n"] == len(held_out_lines(other, 0.3)[0])
@@ -192,7 +193,8 @@ def few(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("few") / "few.jsonl", [
         {"context": "The cat", "completions": [" sleeps.", " sings by the river."], "scores": [1, 0], "group": "a"},
         {"context": "", "completions": ["A dog waits.", "An owl"], "scores": [0, 3], "group": "b"},
-        {"context": "Up there", "completions": ["", " it is", " an owl sings", " the miller waits at home"], "scores": [2, 1, 1, 0], "group": "a"},
+        {"context": "Up there", "completions": ["", " it is", " an owl sings", " the miller waits at home"],
+         "scores": [2, 1, 1, 0], "group": "a"},
         {"context": "Same", "completions": [" a", " b"], "scores": [1, 1], "group": "c"}])
 
 
@@ -200,8 +202,9 @@ def few(tmp_path_factory):
 def test_scores_equal_those_of_separate_forwards(request, few, tmp_path, name, how):
     folder = request.getfixturevalue(name)
     model, tokenizer, _ = checkpoint.load(folder)
-    result, printed = evaluate("--model", folder, "--data", few, *([] if how == "reward" else ["--score", how]), "--out", tmp_path / "scores.jsonl")
-    records, found = [json.loads(line) for line in few.read_text().splitlines()], scored(tmp_path / "scores.jsonl")
+    default = how == "reward"
+    result, printed = evaluate("--model", folder, "--data", few, *([] if default else ["--score", how]), "--out", tmp_path / "a.jsonl")
+    records, found = scored(few), scored(tmp_path / "a.jsonl")
 
     def score(context, completion):
         with torch.no_grad():
@@ -219,7 +222,8 @@ def test_scores_equal_those_of_separate_forwards(request, few, tmp_path, name, h
         """By loops: a comparison's pairs are averaged first."""
         means = []
         for line in found:
-            pairs = [(line[key][i], line[key][j]) for i, a in enumerate(line["scores"]) for j, b in enumerate(line["scores"]) if a > b]
+            known = list(zip(line["scores"], line[key]))
+            pairs = [(x, y) for a, x in known for b, y in known if a > b]
             means.append(sum((x > y) + 0.5 * (x == y) for x, y in pairs) / len(pairs))
         return sum(means) / len(means)
 
@@ -248,7 +252,8 @@ def test_a_single_group_has_no_standard_error(pm, tmp_path):
 def test_what_is_printed_are_the_figures(pm, comparisons_file):
     result, printed = evaluate("--model", pm, "--data", comparisons_file)
     lines = printed.splitlines()
-    for label, key in (("reward", "accuracy"), ("no context", "no_context"), ("longer wins", "longer_wins"), ("shorter wins", "shorter_wins")):
+    for label in ("reward", "no context", "longer wins", "shorter wins"):
+        key = label.replace(" ", "_") if label != "reward" else "accuracy"
         shown = f"  {label:<16} {100 * result[key]:6.2f} % ± {100 * result[key + '_se']:.2f}"
         assert shown in lines
     assert f"Brier score {result['brier']:.4f}" in printed and f"calibration error {result['ece']:.4f}" in printed

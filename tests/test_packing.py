@@ -143,7 +143,8 @@ def test_completion_tokens_are_predicted_from_what_stands_before_them(tmp_path):
     row = make_row(data, np.array([0, 1]), [None, None], 100, BYTES)
     assert shown(row) == "<eot>ab<eoc>c<eoc>Hi<eoc>d<eoc>"
     source, target, completion = row.completion_tokens()
-    named = [(BYTES.decode([row.tokens[s]]), BYTES.decode([row.tokens[t]]), c) for s, t, c in zip(source, target, completion.tolist())]
+    named = [(BYTES.decode([row.tokens[s]]), BYTES.decode([row.tokens[t]]), c)
+             for s, t, c in zip(source, target, completion.tolist())]
     assert named == [("<eot>", "a", 0), ("a", "b", 0), ("b", "<eoc>", 0), ("<eot>", "c", 1), ("c", "<eoc>", 1),
                      ("i", "<eoc>", 2), ("i", "d", 3), ("d", "<eoc>", 3)]
     assert data.packed_lengths([0, 1], [None, None], 100) == [6, 5]
@@ -183,6 +184,7 @@ def test_rows_hold_every_comparison_once_whatever_the_capacity(tmp_path, capacit
         assert len(row.tokens) == sum(lengths[i] for i in numbers)
         for c, example in enumerate(row.examples):
             of = (row.owner == c).nonzero().squeeze(1)
-            texts.append((int(example), [BYTES.decode(row.tokens[row.starts[k]:row.ends[k]]) for k in of], row.scores[of].tolist()))
+            completions = [BYTES.decode(row.tokens[row.starts[k]:row.ends[k]]) for k in of]
+            texts.append((int(example), completions, row.scores[of].tolist()))
     expected = [(i, r["completions"], r["scores"]) for i, r in enumerate(make_comparisons())]
     assert sorted(texts) == expected

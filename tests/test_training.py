@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import LM_FLAGS, PM_FLAGS, ROOT, Running, alone, losses, make_comparisons, metrics, processes, run, run_well, write_jsonl
+from conftest import (LM_FLAGS, PM_FLAGS, ROOT, Running, alone, losses, make_comparisons, metrics, processes, run, run_well,
+                      write_jsonl)
 
 import checkpoint
 import train_pm
@@ -68,7 +69,8 @@ def test_pairs_are_those_of_different_scores_and_weigh_one_a_comparison():
     owner, scores = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3]), torch.tensor([2, 0, 1, 5, 5, 1, 1, 0, -4.5, 7])
     better, worse, weight = train_pm.ranked_pairs(owner, scores)
     found = {(b, w): x for b, w, x in zip(better.tolist(), worse.tolist(), weight.tolist())}
-    assert found == pytest.approx({(0, 1): 1 / 3, (0, 2): 1 / 3, (2, 1): 1 / 3, (5, 7): 0.2, (5, 8): 0.2, (6, 7): 0.2, (6, 8): 0.2, (7, 8): 0.2})
+    assert found == pytest.approx({**{pair: 1 / 3 for pair in ((0, 1), (0, 2), (2, 1))},
+                                   **{pair: 1 / 5 for pair in ((5, 7), (5, 8), (6, 7), (6, 8), (7, 8))}})
     assert torch.bincount(owner[better], weight, minlength=4).tolist() == pytest.approx([1, 0, 1, 0])
 
 
@@ -121,7 +123,10 @@ def test_the_lm_term_is_the_mean_loss_of_each_best_completion(tmp_path, objectiv
 def test_one_pair_of_a_group_is_drawn_anew_each_epoch_and_always_the_same_way():
     args = Namespace(objective="ranked", pairs_per_group="1", seed=3)
     scores = np.array([1.0, 0.0, 1.0, 5.0])
-    draw = lambda epoch, example=0, seed=3: tuple(train_pm.choose(scores, Namespace(**{**vars(args), "seed": seed}), epoch, example))
+
+    def draw(epoch, example=0, seed=3):
+        return tuple(train_pm.choose(scores, Namespace(**{**vars(args), "seed": seed}), epoch, example))
+
     drawn = [draw(epoch) for epoch in range(60)]
     assert drawn == [draw(epoch) for epoch in range(60)]
     assert set(drawn) == {(0, 1), (1, 2), (1, 3), (0, 3), (2, 3)}  # all but the pair of equal scores
@@ -136,7 +141,8 @@ def test_one_pair_of_a_group_is_drawn_anew_each_epoch_and_always_the_same_way():
 
 
 def split(data, ctx=512, **flags):
-    train, held_out, lines = train_pm.split(Namespace(**{"held_out": 0.3, "objective": "ranked", "pairs": None, "seed": 0, **flags}), data, ctx)
+    flags = {"held_out": 0.3, "objective": "ranked", "pairs": None, "seed": 0, **flags}
+    train, held_out, lines = train_pm.split(Namespace(**flags), data, ctx)
     return set(train.tolist()), set(held_out.tolist()), " ".join(lines)
 
 
@@ -150,7 +156,8 @@ def test_training_and_held_out_groups_are_apart(tmp_path):
 
 
 def test_what_cannot_fit_is_left_out_and_counted(tmp_path):
-    data = load(tmp_path, [{"context": f"Q{i}", "completions": ["x" * n, "y"], "scores": [1, s]} for i, (n, s) in enumerate([(5, 0), (90, 0), (97, 0), (99, 0), (99, 1), (9, 1)])])
+    cases = [(5, 0), (90, 0), (97, 0), (99, 0), (99, 1), (9, 1)]  # length of the first completion, score of the second
+    data = load(tmp_path, [{"context": f"Q{i}", "completions": ["x" * n, "y"], "scores": [1, s]} for i, (n, s) in enumerate(cases)])
     train, held_out, told = split(data, ctx=100)
     assert train | held_out == {0, 1, 2}
     assert "2 comparisons with a completion longer than --ctx 100, 1 whose scores are all equal" in told
@@ -215,13 +222,15 @@ def same_to_rounding(a, b, init):
 
 
 GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)  # Adam makes much of rounding, more so the larger its steps
-PM_OBJECTIVES = {"ranked": (), "one pair and lm": ("--pairs_per_group", 1, "--lm_weight", 0.3), "binary": ("--objective", "binary"), "imitation": ("--objective", "imitation")}
+PM_OBJECTIVES = {"ranked": (), "one pair and lm": ("--pairs_per_group", 1, "--lm_weight", 0.3),
+                 "binary": ("--objective", "binary"), "imitation": ("--objective", "imitation")}
 
 
 @pytest.mark.parametrize("more", PM_OBJECTIVES.values(), ids=PM_OBJECTIVES)
 def test_pm_training_is_the_same_in_micro_batches(lm, comparisons_file, tmp_path, more):
+    args = ("--init", lm, "--data", comparisons_file, *GENTLE, *more)
     for name, micro in (("whole", 100_000), ("cut", 150)):
-        run_well("train_pm.py", "--init", lm, "--data", comparisons_file, *GENTLE, *more, "--out", tmp_path / name, "--micro_tokens", micro)
+        run_well("train_pm.py", *args, "--out", tmp_path / name, "--micro_tokens", micro)
     same_to_rounding(tmp_path / "whole", tmp_path / "cut", lm)
 
 
@@ -241,6 +250,10 @@ def test_lm_training_is_the_same_in_micro_batches(lm, more_lm, text_file, tmp_pa
     same_to_rounding(more_lm, tmp_path / "cut", lm)
 
 
+def rankable(n):
+    return itertools.islice((r for r in make_comparisons() if len(set(r["scores"])) > 1), n)
+
+
 def run_ranks(name, *args, n=2):
     """As torchrun does: n processes that train together on this machine."""
     with socket.socket() as s:
@@ -256,7 +269,7 @@ def run_ranks(name, *args, n=2):
 @pytest.mark.parametrize("batch, epochs", [(4, 2), (1, 1)], ids=["one left over", "fewer than ranks"])
 def test_two_ranks_train_the_same_pm_as_one(lm, tmp_path, batch, epochs):
     """Nine comparisons: with a batch of 4 an epoch's last step has one, so that a rank has none."""
-    data = write_jsonl(tmp_path / "nine.jsonl", itertools.islice((r for r in make_comparisons() if len(set(r["scores"])) > 1), 9))
+    data = write_jsonl(tmp_path / "nine.jsonl", rankable(9))
     args = ("--init", lm, "--data", data, "--held_out", 0, "--dtype", "fp32", "--lr", 3e-4, "--batch", batch, "--epochs", epochs)
     run_well("train_pm.py", *args, "--out", tmp_path / "one")
     assert "2 x cpu" in run_ranks("train_pm.py", *args, "--out", tmp_path / "two")
@@ -276,7 +289,7 @@ def test_two_ranks_evaluate_as_one_does(lm, comparisons_file, tmp_path, objectiv
 def test_a_rank_may_have_nothing_to_evaluate(tmp_path):
     """The held-out text is one window for two ranks."""
     data = write_jsonl(tmp_path / "text.jsonl", [{"text": "abcdefgh" * 300}])
-    args = ("--data", data, "--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--held_out", 0.1, "--dtype", "fp32", "--steps", 2)
+    args = ("--data", data, *LM_FLAGS, "--steps", 2)
     run_well("train_lm.py", *args, "--out", tmp_path / "one")
     run_ranks("train_lm.py", *args, "--out", tmp_path / "two")
     assert metrics(tmp_path / "one")[-1]["eval"] == pytest.approx(metrics(tmp_path / "two")[-1]["eval"], rel=1e-3)
@@ -302,12 +315,14 @@ def test_golden_losses_of_the_language_model(lm):
 
 @pytest.mark.parametrize("objective", ["ranked", "binary", "imitation"])
 def test_golden_losses_of_the_preference_model(comparisons_file, tmp_path, objective):
-    run_well("train_pm.py", "--size", "test", "--data", comparisons_file, "--ctx", 256, "--objective", objective, *GENTLE, "--out", tmp_path / "pm")
+    args = ("--size", "test", "--data", comparisons_file, "--ctx", 256, "--objective", objective, *GENTLE)
+    run_well("train_pm.py", *args, "--out", tmp_path / "pm")
     assert losses(tmp_path / "pm") == pytest.approx(GOLDEN_PM[objective], rel=1e-4)
 
 
 GOLDEN_LM = [5.78946, 5.25556, 4.86381, 4.54087, 4.25822, 4.04372, 3.87630, 3.75731, 3.67997, 3.63359]
-GOLDEN_PM = {"ranked": [0.673807, 0.679840, 0.649672, 0.655004, 0.488893], "binary": [0.942515, 0.549347, 0.416913, 0.610702, 0.577551],
+GOLDEN_PM = {"ranked": [0.673807, 0.679840, 0.649672, 0.655004, 0.488893],
+             "binary": [0.942515, 0.549347, 0.416913, 0.610702, 0.577551],
              "imitation": [5.78327, 5.69494, 5.65792, 5.57370, 5.52723]}
 
 
@@ -395,7 +410,7 @@ def write_checkpoints(lm, out, n):
     for step in (1, 2):
         with torch.no_grad():
             model.model.norm.weight.fill_(step)
-        checkpoint.save(out, model, tokenizer, {"kind": "lm", "objective": "lm", "trained_on": [], "flags": {}, "step": step}, {"step": step})
+        checkpoint.save(out, model, tokenizer, {"kind": "lm", "step": step}, {"step": step})
     checkpoint.finish(out)
 
 
@@ -432,9 +447,10 @@ def test_lm_training_resumes_bit_for_bit(lm, text_file, tmp_path):
 
 def test_two_ranks_resume_where_a_rank_has_nothing_to_do(lm, tmp_path):
     """The first step after going on is an epoch's last, which has one comparison for two ranks."""
-    data = write_jsonl(tmp_path / "five.jsonl", itertools.islice((r for r in make_comparisons() if len(set(r["scores"])) > 1), 5))
+    data = write_jsonl(tmp_path / "five.jsonl", rankable(5))
     args = ("--init", lm, "--data", data, "--held_out", 0, "--dtype", "fp32", "--batch", 2, "--save_every", 1)
-    assert run("train_pm.py", *args, "--out", tmp_path / "two", before=functools.partial(kill_at_step, 3)).returncode == -signal.SIGKILL
+    killed = run("train_pm.py", *args, "--out", tmp_path / "two", before=functools.partial(kill_at_step, 3))
+    assert killed.returncode == -signal.SIGKILL
     assert "resumed after step 2" in run_ranks("train_pm.py", *args, "--out", tmp_path / "two", "--resume")
     run_well("train_pm.py", *args, "--out", tmp_path / "one")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
@@ -514,12 +530,15 @@ def test_absurd_learning_rate_ends_in_words(run_flags, tmp_path):
 def poison():
     """Hidden states of rows that hold a "~" are NaN in training."""
     forward = GPT.forward
-    GPT.forward = lambda self, tokens, *rest: forward(self, tokens, *rest) * (math.nan if self.training and (tokens == ord("~")).any() else 1)
+
+    def poisoned(self, tokens, *rest):
+        return forward(self, tokens, *rest) * (math.nan if self.training and (tokens == ord("~")).any() else 1)
+    GPT.forward = poisoned
 
 
 def test_a_comparison_with_a_loss_that_is_not_finite_is_named(lm, tmp_path):
     """The run keeps what it saved before, and nothing of the bad step."""
-    records = [r for r in make_comparisons() if len(set(r["scores"])) > 1]
+    records = list(rankable(40))
     args = ("--init", lm, "--held_out", 0, "--dtype", "fp32", "--steps", 8, "--batch", 5, "--save_every", 1, "--micro_tokens", 100)
     order = [i for step in range(4) for i in train_pm.step_examples(len(records), 5, 0, step)[1]]
     bad = int(order[17])  # of the fourth step
@@ -548,7 +567,7 @@ def no_room_for_json():
     write, calls = checkpoint.write_file, itertools.count(1)
 
     def fails(path, content):
-        if next(calls) > 3:  # config.json and meta.json of the first checkpoint, and config.json of the second, can be written
+        if next(calls) > 3:  # in the second checkpoint, after its config.json
             raise OSError(28, "No space left on device")
         write(path, content)
     checkpoint.write_file = fails
@@ -557,12 +576,12 @@ def no_room_for_json():
 @pytest.mark.parametrize("fault", ["model.safetensors", "train_state.pt", "meta.json"])
 def test_a_full_disk_leaves_the_checkpoint_before(run_flags, uninterrupted, tmp_path, fault):
     size = (uninterrupted / "model.safetensors").stat().st_size
-    before = {"model.safetensors": functools.partial(limit_size, size - 1000), "train_state.pt": functools.partial(limit_size, size + 1000),
-              "meta.json": no_room_for_json}[fault]
+    before = {"model.safetensors": functools.partial(limit_size, size - 1000), "meta.json": no_room_for_json,
+              "train_state.pt": functools.partial(limit_size, size + 1000)}[fault]
     out = tmp_path / "run"
     done = run("train_pm.py", *run_flags, "--out", out, before=before)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"error: {out}: the checkpoint could not be written" in done.stderr and "the one before it, if any, is whole" in done.stderr
+    assert f"error: {out}: the checkpoint could not be written" in done.stderr and "the one before it" in done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["metrics.jsonl", "step-3"]
     assert checkpoint.load(out)[2]["step"] == 3
     run_well("train_pm.py", *run_flags, "--out", out, "--resume")
@@ -624,7 +643,8 @@ def test_train_state_is_nothing_but_tensors_and_numbers(pm):
 
 def test_the_plan_comes_first(pm, lm, comparisons_file, tmp_path):
     plan = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", tmp_path / "run")
-    for words in ("flags: ", "--lr 0.003", "model: 2 layers x 64, 2 heads, ctx 192", "8 steps", "training comparisons", "GiB a rank", f"output: {tmp_path / 'run'}"):
+    for words in ("flags: ", "--lr 0.003", "model: 2 layers x 64, 2 heads, ctx 192", "8 steps", "training comparisons",
+                  "GiB a rank", f"output: {tmp_path / 'run'}"):
         assert words in plan and plan.index(words) < plan.index("step 1/8")
     assert losses(tmp_path / "run") == losses(pm)
 
@@ -632,3 +652,13 @@ def test_the_plan_comes_first(pm, lm, comparisons_file, tmp_path):
 def test_learning_learns(pm, lm):
     assert losses(lm)[-1] < 0.8 * losses(lm)[0]
     assert np.mean(losses(pm)[-4:]) < 0.9 * losses(pm)[0]
+
+
+def test_where_no_data_is_named_it_is_the_toy_world(tmp_path):
+    """Each script with its defaults but for size and length."""
+    lm = run_well("train_lm.py", "--size", "test", "--tokenizer", "bytes", "--steps", 1, "--dtype", "fp32", "--out", tmp_path / "lm")
+    assert "training tokens" in lm
+    pm = run_well("train_pm.py", "--init", tmp_path / "lm", "--steps", 1, "--dtype", "fp32", "--out", tmp_path / "pm")
+    assert "ranked.jsonl: 8,000 comparisons" in pm and "a step: 32 comparisons" in pm
+    result = json.loads(run_well("evaluate.py", "pm", "--model", tmp_path / "pm", "--dtype", "fp32").splitlines()[-1])
+    assert 400 < result["n"] < 1600 and all(0.4 < result[ruler] < 0.6 for ruler in ("longer_wins", "shorter_wins"))
