@@ -146,9 +146,18 @@ RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "eval_every", "save_ev
 
 
 def fresh_model(args, tokenizer, ctx, value_head=False):
-    """A model of --size with weights drawn from --seed."""
-    n_layer, d_model, n_head = SIZES[args.size]
-    return GPT(Config(n_layer, d_model, n_head, tokenizer.vocab_size, ctx, value_head=value_head)).init_weights(args.seed)
+    """A model of --size with weights drawn from --seed. Raises InputError if training it cannot fit in this machine."""
+    config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
+    with torch.device("meta"):
+        need = 16 * GPT(config).n_params()[1]
+    if need > physical_memory():  # said here, as the system would rather kill this process, or another one
+        raise InputError(f"--size {args.size}: weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this machine has "
+                         f"{physical_memory() / 2**30:,.0f}; give a smaller --size")
+    return GPT(config).init_weights(args.seed)
+
+
+def physical_memory():
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trained_on(earlier, files, held_out):
@@ -186,8 +195,7 @@ def micro_tokens(args, model, device):
     """Tokens computed at once: --micro_tokens, or what a third of the free memory holds (256 to 65,536)."""
     if args.micro_tokens:
         return args.micro_tokens
-    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
-            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()
     free -= 18 * model.n_params()[1]
     fit = free / 3 / token_bytes(model.config)
     return int(min(max(fit, 256), 8192 if device.type == "cpu" else 65536))
