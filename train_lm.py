@@ -44,7 +44,7 @@ def main():
         model, tokenizer, meta = checkpoint.load(args.init, value_head=False)
     else:
         tokenizer, meta = get_tokenizer(args.tokenizer, files), None
-        model = trainer.fresh_model(args, tokenizer, ctx=args.ctx or 256)
+        model = trainer.fresh_model(args, tokenizer, args.ctx or 256, ranks.device)
     ctx = model.config.ctx = args.ctx or model.config.ctx
     model.dtype = trainer.pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)

@@ -59,7 +59,7 @@ def main():
     ranks = trainer.start(args.device)
     files = toy.find_data(args.data, "binary.jsonl" if args.objective == "binary" else "ranked.jsonl")
     wants_head = args.objective != "imitation"
-    model, tokenizer, meta, is_resumed = build_model(args, files, wants_head)
+    model, tokenizer, meta, is_resumed = build_model(args, files, wants_head, ranks.device)
     model.dtype = trainer.pick_dtype(args.dtype, ranks.device)
     if not model.config.tied and not (args.lm_weight or args.objective == "imitation"):
         model.lm_head.requires_grad_(False)  # nothing trains it
@@ -106,7 +106,7 @@ def main():
                         "data": content_key(files), "trained_on": trainer.trained_on(meta, files, args.held_out)})
 
 
-def build_model(args, files, wants_head):
+def build_model(args, files, wants_head, device):
     """(model, tokenizer, earlier meta, whether resumed)."""
     earlier = trainer.resumed(args, "pm" if wants_head else "lm", files)
     if earlier:
@@ -116,7 +116,7 @@ def build_model(args, files, wants_head):
         model.config.ctx = args.ctx or min(1024, model.config.ctx)
         return model, tokenizer, meta, False
     tokenizer = get_tokenizer(args.tokenizer, toy.find_data(["toy"], "lm.jsonl") if args.data == ["toy"] else ())
-    return trainer.fresh_model(args, tokenizer, args.ctx or 1024, wants_head), tokenizer, None, False
+    return trainer.fresh_model(args, tokenizer, args.ctx or 1024, device, wants_head), tokenizer, None, False
 
 
 def split(args, data, ctx):

@@ -145,18 +145,22 @@ def add_training_flags(parser, batch, batch_unit, lr, schedule, warmup):
 RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "eval_every", "save_every", "resume", "out", "data"}
 
 
-def fresh_model(args, tokenizer, ctx, value_head=False):
+def fresh_model(args, tokenizer, ctx, device, value_head=False):
     """A model of --size with weights drawn from --seed. Raises InputError if training it cannot fit in this machine."""
     config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
     with torch.device("meta"):
         need = 16 * GPT(config).n_params()[1]
-    if need > physical_memory():  # said here, as the system would rather kill this process, or another one
-        raise InputError(f"--size {args.size}: weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this machine has "
-                         f"{physical_memory() / 2**30:,.0f}; give a smaller --size")
+    have = device_memory(device)
+    if need > have:  # said here, as the system would rather kill this process, or another one
+        raise InputError(f"--size {args.size}: weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this {device.type} has "
+                         f"{have / 2**30:,.0f}; give a smaller --size")
     return GPT(config).init_weights(args.seed)
 
 
-def physical_memory():
+def device_memory(device):
+    """Bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -195,8 +199,7 @@ def micro_tokens(args, model, device):
     """Tokens computed at once: --micro_tokens, or what a third of the free memory holds (256 to 65,536)."""
     if args.micro_tokens:
         return args.micro_tokens
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()
-    free -= 18 * model.n_params()[1]
+    free = device_memory(device) - 18 * model.n_params()[1]
     fit = free / 3 / token_bytes(model.config)
     return int(min(max(fit, 256), 8192 if device.type == "cpu" else 65536))
 
