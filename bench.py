@@ -273,7 +273,8 @@ def measure_pm(args, ranks, model, data, tokenizer, peak):
         def of(model, examples):
             for row in build(examples):
                 row = row.to(device)
-                yield comparison_loss(model, model(row.tokens, row.layout).flatten(0, -2), row, "ranked")[:2]
+                hidden = model(row.tokens, row.layout, only_ends=build == pairs.shared)
+                yield comparison_loss(model, hidden.flatten(0, -2), row, "ranked")[:2]
         return of
 
     check_equal(model, {name: losses(build) for name, build in layouts.items()}, pairs.batches(0)[0])

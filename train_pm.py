@@ -88,7 +88,8 @@ def main():
                 for row in rows]
 
     def loss(net, row):
-        return comparison_loss(model, net(row.tokens, row.layout), row, args.objective, args.lm_weight)
+        hidden = net(row.tokens, row.layout, only_ends=wants_head and not args.lm_weight)
+        return comparison_loss(model, hidden, row, args.objective, args.lm_weight)
 
     def evaluate(net):
         return held_out_figures(model, data, held_out, args.objective, ctx, tokenizer, at_once, ranks)
@@ -173,14 +174,15 @@ def ranked_pairs(owner, scores):
 
 
 def comparison_loss(model, hidden, row, objective, lm_weight=0.0):
-    """(sum, count, metrics) of one packed row with hidden states (T, d_model).
+    """(sum, count, metrics) of one packed row with hidden states (T, d_model); without an LM term those at the completions'
+    ends, (K, d_model), do.
 
     Counts comparisons (ranked), completions (binary) or tokens (imitation). The LM term, if any, is the mean loss a token of
     a comparison's best completion: once a comparison, whatever the objective counts.
     """
     if objective == "imitation":
         return best_completion_loss(model, hidden, row, per_comparison=False)
-    rewards = model.rewards(hidden[row.ends])
+    rewards = model.rewards(row.at_ends(hidden))
     if objective == "ranked":
         better, worse, weight = ranked_pairs(row.owner, row.scores)
         right = (rewards[better] > rewards[worse]).float() + 0.5 * (rewards[better] == rewards[worse])
@@ -209,7 +211,7 @@ def held_out_figures(model, data, examples, objective, ctx, tokenizer, at_once, 
     whole = [None] * len(examples)
     for numbers in pack(data.packed_lengths(examples, whole, ctx), at_once)[ranks.rank::ranks.world]:
         row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer).to(ranks.device)
-        hidden = model(row.tokens, row.layout)
+        hidden = model(row.tokens, row.layout, only_ends=objective != "imitation")
         row_loss, row_count, _ = comparison_loss(model, hidden, row, objective)
         scores = pm.completion_scores(model, hidden, row, "mean" if objective == "imitation" else "reward")
         better, worse, weight = ranked_pairs(row.owner, row.scores)

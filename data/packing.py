@@ -73,6 +73,10 @@ class Row:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return Row(**{**vars(self), **moved})
 
+    def at_ends(self, hidden):
+        """Hidden states at the completions' ends, (K, d), of all tokens' (T, d); of themselves if that is what they are."""
+        return hidden if len(hidden) == len(self.ends) else hidden[self.ends]
+
     def completion_tokens(self):
         """Where next tokens are predicted, for every completion's tokens and its <eoc>, in row order.
 

@@ -436,9 +436,11 @@ def comparison(question, completions, **more):
             "scores": [score for *_, score in completions], "group": question.group, **more}
 
 
-def contents_of(kind):
-    """The contents that an answer to this kind of question can have."""
+def contents_of(kind, binary):
+    """The contents that an answer to this kind of question can have. Vague answers are never right, so where only that counts
+    they would be known by their words: binary comparisons are without them."""
     unfit = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}.get(kind, ("unsafe",))
+    unfit += ("vague",) * binary
     return [content for content in CONTENT if content not in unfit]
 
 
@@ -446,10 +448,10 @@ def comparisons(rng, world, n, binary=False):
     """Yield n comparisons of 2 to 5 completions with the scores of the table above, or of 0 and 1."""
     scales, seen = Scales(), set()
     while len(seen) < n:
-        question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
-        contents, size = contents_of(question.kind), rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0]
-        candidates = []
-        for _ in range(6):
+        candidates, questions = [], []
+        while len(candidates) < 8:
+            question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+            contents, size = contents_of(question.kind, binary), rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0]
             if binary:
                 chosen = rng.sample(contents, min(size, len(contents)))
                 tones = [rng.choice(list(TONE))] * size
@@ -460,9 +462,9 @@ def comparisons(rng, world, n, binary=False):
                                              lambda content, tone: 4 * CONTENT[content] + TONE[tone])
             if len({score for *_, score in candidate}) > 1:
                 candidates.append(candidate)
-        if not candidates:
-            continue
-        record = comparison(question, scales.choose(candidates))
+                questions.append(question)
+        best = scales.choose(candidates)
+        record = comparison(questions[candidates.index(best)], best)
         key = json.dumps(record)
         if key not in seen:
             seen.add(key)

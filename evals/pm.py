@@ -12,13 +12,14 @@ SCORES = ("reward", "mean", "sum")
 
 
 def completion_scores(model, hidden, row, how):
-    """One score per completion (K,) of a packed row with hidden states (T, d_model).
+    """One score per completion (K,) of a packed row with hidden states (T, d_model); for rewards those at the completions'
+    ends, (K, d_model), do.
 
     how: "reward", the value head at <eoc>; "mean" or "sum", the log-prob per token or in all of the completion's tokens
     given its context, in nats. <eoc> is not counted there: a plain language model has never seen it.
     """
     if how == "reward":
-        return model.rewards(hidden[row.ends])
+        return model.rewards(row.at_ends(hidden))
     source, target, completion = row.completion_tokens()
     keep = target != row.ends[completion]
     source, target, completion = source[keep], target[keep], completion[keep]
@@ -38,7 +39,8 @@ def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, conte
     lengths = data.packed_lengths(examples, whole, ctx)
     for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
         row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, context_free).to(device)
-        values = completion_scores(model, model(row.tokens, row.layout), row, how).double().cpu().numpy()
+        hidden = model(row.tokens, row.layout, only_ends=how == "reward")
+        values = completion_scores(model, hidden, row, how).double().cpu().numpy()
         owner = row.owner.cpu().numpy()
         for j, number in enumerate(numbers):
             scores[number] = values[owner == j]

@@ -79,12 +79,14 @@ def test_causal_equals_the_naive_transformer():
     same(model(tokens), torch.stack([naive(model, row) for row in tokens]))
 
 
+@pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_rewards_and_gradients_equal_separate_forwards(case):
+def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends):
     model, comparisons = make_model(value_head=True), CASES[case]
     tokens, layout = packed(comparisons)
     ends = [layout.starts[i + 1] - 1 for i, p in enumerate(layout.parents) if p != i]
-    together = model.rewards(model(tokens, layout)[ends])
+    hidden = model(tokens, layout, only_ends=only_ends)
+    together = model.rewards(hidden if only_ends else hidden[ends])
     weight = torch.arange(1.0, len(ends) + 1, dtype=torch.float64)
     gradient = torch.autograd.grad((together * weight).sum(), list(model.parameters()))
     alone = torch.stack([model.rewards(naive(model, torch.cat([context, c]))[-1]) for context, cs in comparisons for c in cs])
@@ -93,8 +95,9 @@ def test_packed_rewards_and_gradients_equal_separate_forwards(case):
         same(got, expected)
 
 
+@pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_path_reads_the_same_keys(case, monkeypatch):
+def test_cuda_path_reads_the_same_keys(case, only_ends, monkeypatch):
     """Variable-length attention runs on CUDA only; here a plain stand-in with its contract shows that what we give it is right."""
     def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
         assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
@@ -107,10 +110,10 @@ def test_cuda_path_reads_the_same_keys(case, monkeypatch):
         return torch.cat(out)
     model = make_model()
     tokens, layout = packed(CASES[case])
-    expected = model(tokens, layout)
+    expected = model(tokens, layout, only_ends=only_ends)
     monkeypatch.setattr(model_module, "varlen_attn", plain)
     monkeypatch.setattr(model_module, "use_varlen", lambda q: True)
-    same(model(tokens, layout), expected)
+    same(model(tokens, layout, only_ends=only_ends), expected)
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 30, (7, 1, 13, 9), (30,)])
