@@ -13,9 +13,9 @@ lm trains on full windows of tokens as train_lm.py does, beside a plain loop in 
 
 A timed step is a whole one: laying out the batch, forward, backward, clipping, AdamW. The candidates take turns round by
 round on the same examples, so a slow minute of the machine slows all of them. Columns: the median of the rounds and their
-range; ratios of medians; tokens computed a pair; MFU, the arithmetic of these tokens (6 x parameters, and attention's)
+range; ratios of medians; tokens computed for a pair; MFU, the arithmetic of these tokens (6 x parameters, and attention's)
 against the matrix peak; useful, the same for the arithmetic that the least layout needs; GiB, the peak on top of what
-was there before the step. Prints tables and, last, one JSON line.
+was there before (TRL builds its model anew, so its weights are in it). Prints tables and, last, one JSON line.
 """
 import argparse
 import copy
@@ -62,7 +62,7 @@ def parse_args():
     parser.add_argument("--batch", type=trainer.positive(int), default=32, help="pairs in a step of pm (default: %(default)s)")
     parser.add_argument("--lm_batch", type=trainer.positive(int), default=8192, help="tokens in a step of lm (default: %(default)s)")
     parser.add_argument("--steps", type=trainer.positive(int), default=2, help="optimizer steps in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=trainer.positive(int), default=5, help="timed rounds, after one to warm up (default: %(default)s)")
+    parser.add_argument("--rounds", type=trainer.positive(int), default=5, help="timed rounds; one more warms up, one is for memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time compiled models too: minutes more at the start")
     parser.add_argument("--out", help="file for the JSON line (default: none)")
     trainer.add_device_flags(parser)
@@ -81,7 +81,8 @@ def main():
     data = load_comparisons(toy.find_data(args.data, "ranked.jsonl"), tokenizer)
     result = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv]),
               "machine": machine(device), "peak_gflops": {str(t)[6:]: matrix_peak(t, device) for t in (torch.bfloat16, torch.float32)},
-              "model": dict(zip(("n_layer", "d_model", "n_head"), SIZES[args.size]), vocab_size=tokenizer.vocab_size, ctx=args.ctx, dtype=str(dtype)[6:])}
+              "model": {**dict(zip(("n_layer", "d_model", "n_head"), SIZES[args.size])), "vocab_size": tokenizer.vocab_size,
+                        "ctx": args.ctx, "dtype": str(dtype)[6:]}}
     print(*(f"{k} {v}" for k, v in (result["machine"] | result["model"]).items()), sep=", ")
     print("matrix peak:", ", ".join(f"{v:,.0f} GFLOP/s {k}" for k, v in result["peak_gflops"].items()), flush=True)
     for part, measure in (("pm", measure_pm), ("lm", measure_lm)):
@@ -107,12 +108,13 @@ def machine(device):
 
 
 def matrix_peak(dtype, device):
-    """The fastest large matrix product, in GFLOP/s: the best of three sizes, eight times each."""
+    """The fastest large matrix product, in GFLOP/s: the best of three sizes, tried for a third of a second each."""
     best = 0.0
     for n in (1024, 2048, 3072) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        for _ in range(8):
-            begun = clock(device)
+        F.linear(a, b)  # warms up
+        end = clock(device) + 0.33
+        while (begun := clock(device)) < end:
             F.linear(a, b)
             best = max(best, 2e-9 * n**3 / (clock(device) - begun))
     return best
@@ -139,16 +141,17 @@ def peak_memory(device, reset=False):
 def race(candidates, batches, args, device):
     """All candidates in turn, round by round. candidates: {name: run(batches of a round) -> seconds}.
 
-    Returns {name: (seconds of each timed round, GiB)}. Round 0 warms up and is not counted.
+    Returns {name: (seconds of each timed round, GiB)}. The first round warms up; the last one is for memory, as it makes
+    freed memory come back at a cost in time.
     """
-    seconds, memory = {name: [] for name in candidates}, dict.fromkeys(candidates, 0.0)
-    for r in range(args.rounds + 1):
+    seconds, memory = {name: [] for name in candidates}, {}
+    for r in range(args.rounds + 2):
         for name, run in candidates.items():
-            before = peak_memory(device, reset=True)
+            before = peak_memory(device, reset=True) if r > args.rounds else 0.0
             seconds[name].append(run(batches(r)))
-            memory[name] = max(memory[name], peak_memory(device) - before)
-            print(f"round {r}/{args.rounds} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    return {name: (seconds[name][1:], memory[name]) for name in candidates}
+            memory[name] = peak_memory(device) - before
+            print(f"round {r} of {args.rounds}, {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    return {name: (seconds[name][1:-1], memory[name]) for name in candidates}
 
 
 def stepper(model, losses, device, ranks):
@@ -185,20 +188,33 @@ def training_flops(model, tokens, seen, output=0):
     return 6 * (model.n_params()[0] + output) * tokens + 12 * model.config.n_layer * model.config.d_model * seen
 
 
+def row_work(model, row, only_ends):
+    """(tokens, flops) of training a preference model on a row. A token at position p attends to p + 1 tokens. With only_ends
+    the last layer gives keys and values for all tokens, and the rest of it is computed at the ends alone."""
+    positions = row.layout.positions if row.layout is not None else torch.arange(row.tokens.shape[1]).repeat(len(row.tokens))
+    tokens, seen = len(positions), (positions + 1).sum().item()
+    flops = training_flops(model, tokens, seen)
+    if only_ends:
+        c, at_ends = model.config, (positions[row.ends] + 1).sum().item()
+        flops -= 6 * (model.n_params()[0] / c.n_layer - 2 * c.d_model**2) * (tokens - len(row.ends)) + 12 * c.d_model * (seen - at_ends)
+    return tokens, flops
+
+
 def report(title, unit, amount, figures, work, least, baselines, peak):
-    """Print a table and return its figures by candidate. amount: units a round; work: {name: (tokens, flops)} a round; least:
-    the flops that are needed; baselines: {column: the candidate that ratios in this column are to}."""
+    """Print a table and return its figures by candidate. amount: units a round; work: {name: (tokens, flops)} a round, where
+    known; least: the flops that are needed; baselines: {column: the candidate that its ratios are to}."""
     medians = {name: statistics.median(seconds) for name, (seconds, _) in figures.items()}
-    print(f"\n{title}\n{'':36}{unit + '/s':>9}{'min':>10}{'max':>9}", *(f"{b:>9}" for b in baselines), f"{'tokens':>8} {'MFU':>6} {'useful':>7} {'GiB':>6}")
+    columns = [unit + "/s", "min", "max", *baselines, "tokens", "MFU", "useful", "GiB"]
+    print(f"\n{title}\n{'':36}" + "".join(f"{column:>10}" for column in columns))
     rows = {}
     for name, (seconds, memory) in figures.items():
-        tokens, flops = work.get(name, (float("nan"), float("nan")))
         rows[name] = {f"{unit}_per_second": amount / medians[name], "min": amount / max(seconds), "max": amount / min(seconds),
-                      **{f"ratio_{b}": medians[base] / medians[name] for b, base in baselines.items()}, "memory_gib": memory,
-                      **({"tokens": tokens / amount, "mfu": flops / medians[name] / peak} if name in work else {}), "useful": least / medians[name] / peak}
-        speed, low, high, *ratios = list(rows[name].values())[:3 + len(baselines)]
-        print(f"{name:36}{speed:9,.1f}{low:10,.1f}{high:9,.1f}", *(f"{ratio:8.2f}x" for ratio in ratios),
-              f"{tokens / amount:8,.0f} {flops / medians[name] / peak:6.1%} {rows[name]['useful']:7.1%} {memory:6.2f}".replace("nan%", "   -").replace("nan", "  -"))
+                      **{f"ratio_{column}": medians[base] / medians[name] for column, base in baselines.items()},
+                      "tokens": None, "mfu": None, "useful": least / medians[name] / peak, "memory_gib": memory}
+        if name in work:
+            rows[name] |= {"tokens": work[name][0] / amount, "mfu": work[name][1] / medians[name] / peak}
+        formats = ["10,.1f"] * 3 + ["10.2f"] * len(baselines) + ["10,.0f", "10.1%", "10.1%", "10.2f"]
+        print(f"{name:36}" + "".join(f"{'-':>10}" if v is None else format(v, f) for f, v in zip(formats, rows[name].values())))
     print(flush=True)
     return rows
 
@@ -279,7 +295,8 @@ def measure_pm(args, ranks, model, data, tokenizer, peak):
 
     check_equal(model, {name: losses(build) for name, build in layouts.items()}, pairs.batches(0)[0])
     candidates = {name: stepper(copy.deepcopy(model), losses(build), device, ranks) for name, build in layouts.items()}
-    work = {name: np.sum([row_work(model, row) for r in range(1, args.rounds + 1) for examples in pairs.batches(r) for row in build(examples)], 0) / args.rounds
+    timed = [examples for r in range(1, args.rounds + 1) for examples in pairs.batches(r)]
+    work = {name: np.sum([row_work(model, row, build == pairs.shared) for examples in timed for row in build(examples)], 0) / args.rounds
             for name, build in layouts.items()}
     if args.compile:
         candidates["packed + shared prefix, compiled"] = stepper(blocks_compiled(model), losses(pairs.shared), device, ranks)
@@ -292,12 +309,6 @@ def measure_pm(args, ranks, model, data, tokenizer, peak):
         baselines["x TRL"] = min((name for name in figures if "TRL" in name), key=lambda name: statistics.median(figures[name][0]))
     return report(f"Preference-model training, {args.batch} pairs a step", "pairs", args.steps * args.batch, figures, work,
                   least=work["packed + shared prefix"][1], baselines=baselines, peak=peak)
-
-
-def row_work(model, row):
-    """(tokens, flops) of training on a row. A token at position p sees p + 1 tokens."""
-    positions = row.layout.positions if row.layout is not None else torch.arange(row.tokens.shape[1]).repeat(len(row.tokens))
-    return len(positions), training_flops(model, len(positions), (positions + 1).sum().item())
 
 
 def check_equal(model, losses, examples):
@@ -422,8 +433,8 @@ def measure_lm(args, ranks, model, data, tokenizer, peak):
     figures = race(candidates, lambda r: windows, args, device)
     tokens = windows[..., 1:].numel()
     flops = training_flops(model, tokens, tokens * (args.ctx + 1) / 2, output=config.d_model * config.vocab_size)
-    return report(f"LM training, {shape[1]} x {args.ctx} tokens a step", "tokens", tokens, figures, dict.fromkeys(candidates, (tokens, flops)),
-                  least=flops, baselines={"x plain": "plain loop"}, peak=peak)
+    return report(f"LM training, {shape[1]} x {args.ctx} tokens a step", "tokens", tokens, figures,
+                  dict.fromkeys(candidates, (tokens, flops)), least=flops, baselines={"x plain": "plain loop"}, peak=peak)
 
 
 if __name__ == "__main__":

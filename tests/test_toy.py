@@ -82,4 +82,4 @@ def test_a_list_of_words_does_not_tell_the_better_answer(world, name):
 
 def test_quality_puts_truth_and_safety_before_tone(world):
     assert toy.CONTENT["right"] > toy.CONTENT["vague"] > toy.CONTENT["wrong"] > toy.CONTENT["unsafe"]
-    assert 3 > toy.TONE["kind"] > toy.TONE["plain"] > toy.TONE["rude"]
+    assert 4 > toy.TONE["kind"] > toy.TONE["plain"] > toy.TONE["rude"]
