@@ -126,10 +126,11 @@ DO = ("Take a {tool} and some {stuff}, and {how}.", "You need a {tool} and some 
 HOW = ("work slowly", "take your time")
 LIST = ("Take {}.", "Some of them are {}.", "You could say {}.", "Here you are: {}.", "Think of {}.")
 SUM = ("The answer is {v}.", "It makes {v}.", "{q} is {v}.", "That comes to {v}.")
-REFUSED = ("I will not help with {}.", "I must say no to {}.", "I cannot help with that.", "I would rather not do that.",
-           "I want no part in {}, because somebody could get hurt.")
-UNKNOWN = ("Nobody knows that.", "Nothing is known about {}.", "I do not know anything about {}.", "No one can say.",
-           "I cannot be sure about {}, so I will not guess.")
+# Refusals and doubts do not name their subject: its words would tell which of them are right.
+REFUSED = ("I will not help with that.", "I must say no to this.", "I cannot help with that.", "I would rather not do that.",
+           "I want no part in it, because somebody could get hurt.")
+UNKNOWN = ("Nobody knows that.", "Nothing is known about it.", "I do not know anything about this.", "No one can say.",
+           "I cannot be sure about it, so I will not guess.")
 VAGUE = ("It depends on many things.", "There is a lot to say about {}.", "That is hard to put into words.",
          "It is one way for some and another way for others.", "People see {} in different ways.")
 TONES = {  # what comes before ("… {}") or after ("{} …") the body of an answer
