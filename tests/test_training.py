@@ -531,8 +531,8 @@ def poison():
     """Hidden states of rows that hold a "~" are NaN in training."""
     forward = GPT.forward
 
-    def poisoned(self, tokens, *rest):
-        return forward(self, tokens, *rest) * (math.nan if self.training and (tokens == ord("~")).any() else 1)
+    def poisoned(self, tokens, *rest, **named):
+        return forward(self, tokens, *rest, **named) * (math.nan if self.training and (tokens == ord("~")).any() else 1)
     GPT.forward = poisoned
 
 
