@@ -150,7 +150,7 @@ def race(candidates, batches, args, device):
             before = peak_memory(device, reset=True) if r > args.rounds else 0.0
             seconds[name].append(run(batches(r)))
             memory[name] = peak_memory(device) - before
-            print(f"round {r} of {args.rounds}, {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+            print(f"round {r} of {args.rounds + 1} (the first warms up), {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     return {name: (seconds[name][1:-1], memory[name]) for name in candidates}
 
 

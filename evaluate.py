@@ -1,62 +1,177 @@
-"""The paper's evaluations, one benchmark a command. Prints a table and, last, one JSON line with the figures.
+"""The paper's evaluations, one benchmark a command. Each prints a table and, last, one JSON line with the figures.
 
-  python evaluate.py pm --model out/pm                              the toy comparisons' held-out groups
-  python evaluate.py pm --model out/pm --data FILE --out scores.jsonl
-  python evaluate.py pm --model out/lm --score sum                  a language model, by its log-probs
+  python evaluate.py pm --model out/pm                                a preference model on comparisons
+  python evaluate.py hhh --model out/lm --prompt hhh                  helpful, honest, harmless: which answer is better?
+  python evaluate.py lambada --model out/lm --data lambada_test.jsonl
+  python evaluate.py humaneval --model out/lm --data HumanEval.jsonl.gz --n 100
+  python evaluate.py BENCHMARK -h                                     what it measures, and its flags
 
-pm: accuracy on comparisons (Sections 3 and 4), beside what simple rulers reach: longer wins, shorter wins, and the same
-model without the context; calibration of P(A > B) = sigmoid(r_A - r_B); accuracy by margin.
+A prompt is read once and shared by everything that is scored or sampled behind it.
 """
 import argparse
 import json
 
 import numpy as np
+from tqdm import tqdm
 
-import checkpoint
 import trainer
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
-from data.files import file_digest, write_file
-from evals import pm
+from data.files import check_writable, file_digest, find_files, write_file
+from evals import choices, elo, perplexity, pm, toxicity
+from evals.subject import add_model_flags, add_sampling_flags, load_subject, samples
+
+SHOWN = argparse.RawDescriptionHelpFormatter
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("pm",), help="what to measure")
-    parser.add_argument("--model", required=True, help="checkpoint folder")
-    parser.add_argument("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy (default: toy)")
-    parser.add_argument("--score", choices=pm.SCORES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of log-probs "
-                        "(default: reward; mean for a language model)")
-    parser.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
-                        "trained on and all of others; held_out and all mean it (default: auto)")
-    parser.add_argument("--ctx", type=trainer.positive(int), help="tokens a context and one completion may take; longer contexts are cut on the left (default: the model's)")
-    parser.add_argument("--out", metavar="FILE.jsonl", help="write each comparison's scores there")
-    trainer.add_device_flags(parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=SHOWN)
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+
+    def add(name, function, help, data=None, out="one JSON line per item"):
+        """A benchmark's parser. data: the help text of --data, "!" first where it must be given."""
+        own = benchmarks.add_parser(name, help=help, description=function.__doc__, formatter_class=SHOWN)
+        own.set_defaults(run=function)
+        if function is not ratings:
+            add_model_flags(own)
+        if data:
+            own.add_argument("--data", nargs="+", required=data.startswith("!"), help=data.lstrip("!"))
+        own.add_argument("--out", metavar="FILE.jsonl", help=f"write {out} there")
+        return own
+
+    own = add("pm", accuracy, "accuracy and calibration of a preference model on comparisons", "comparison files or folders, or toy (default: toy)")
+    own.add_argument("--score", choices=pm.SCORES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
+                     "log-probs (default: reward; mean for a language model)")
+    own.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
+                     "trained on and all of others; held_out and all mean it (default: auto)")
+    add("hhh", multiple_choice, "which of two answers is the helpful, honest, harmless one?", "BIG-bench's task.json files or their folder, comparison files with "
+        "categories, or toy (default: our own items, data/hhh_items.jsonl)")
+    add("truthfulqa", multiple_choice, "MC1 and MC2: true answers against common falsehoods", "!TruthfulQA.csv")
+    add("hellaswag", multiple_choice, "which of four endings fits?", "!hellaswag_val.jsonl")
+    add("choice", multiple_choice, "any comparison file as multiple choice", "!comparison files")
+    add("lambada", last_word, "the last word of a text", "!lambada_test.jsonl")
+    add("lm", text_loss, "loss on text in nats a token and bits a byte", "text files or folders, or toy (default: toy)")
+    for name, help in (("humaneval", "functions from their docstrings"), ("mbpp", "functions from a sentence and an assertion"), ("quixbugs", "functions with a bug to mend")):
+        own = add(name, code, f"{help}; pass@k in a sandbox", "!the published file (of QuixBugs its folder)")
+        add_sampling_flags(own, n=10, max_new=300, temperature=0.6, top_p=0.95)
+        own.add_argument("--k", type=int, nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
+        own.add_argument("--format", choices=("plain", "prompt"), help="how a problem is put: the function's beginning as it stands, or the paper's dialogue "
+                         "(default: plain; prompt where --prompt is given)")
+        own.add_argument("--problems", type=trainer.positive(int), help="only the first so many problems (default: all)")
+    own = add("toxicity", toxic, "toxicity of continuations", "!prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), {\"text\"} lines, or "
+              ".txt with one a line")
+    add_sampling_flags(own, n=25, max_new=20, temperature=1.0, top_p=0.9)
+    own.add_argument("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity (default: Detoxify, if installed)")
+    own.add_argument("--prompts", type=trainer.positive(int), help="only the first so many prompts (default: all)")
+    own = add("sample", draw, "continuations of contexts, for elo, re-ranking and people", "comparison files, whose contexts are continued, or toy (default: toy)", "the samples")
+    add_sampling_flags(own, n=1, max_new=256, temperature=1.0, top_p=0.95)
+    own.add_argument("--contexts", type=trainer.positive(int), help="only the first so many (default: all)")
+    own = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge", out="the games")
+    own.add_argument("--games", metavar="FILE", help="a table of outcomes, csv or JSON lines: model_a, model_b, winner")
+    own.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
+    own.add_argument("--samples", nargs="+", metavar="FILE", help="for --judge: one file of each player, as `evaluate.py sample --out` writes it")
+    own.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the bootstrap (default: %(default)s)")
+    trainer.add_device_flags(own)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    ranks = trainer.start(args.device)
-    model, tokenizer, meta = checkpoint.load(args.model)
-    model.dtype = trainer.pick_dtype(args.dtype, ranks.device)
-    model.to(ranks.device).eval()
-    how = args.score or ("reward" if meta["kind"] == "pm" else "mean")
-    if how == "reward" and meta["kind"] != "pm":
-        raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a preference model")
-    if how != "reward" and meta["kind"] == "pm":
-        print(f"note: {args.model} is a preference model; its log-probs are those of a model trained for rewards")
-    ctx = args.ctx or model.config.ctx
-    files = toy.find_data(args.data, "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
-    data = load_comparisons(files, tokenizer)
-    examples = pick_examples(args, data, files, meta, ctx)
+    if args.out:
+        check_writable(args.out)  # said now, not after an hour of scoring
+    figures, items = args.run(args)
+    if args.out:
+        write_file(args.out, "".join(json.dumps(item) + "\n" for item in items))
+        print(f"\n  each item: {args.out}")
+    print(json.dumps(figures))
 
-    at_once = trainer.micro_tokens(args, model, ranks.device)
-    settings = (how, ctx, tokenizer, at_once, ranks.device)
-    scores = pm.score_all(model, data, examples, *settings, progress="scoring")
-    without = pm.score_all(model, data, examples, *settings, context_free=True, progress="without context")
-    report(args, data, examples, scores, without, how, meta)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: each returns (figures for the JSON line, items for --out)
+
+
+def accuracy(args):
+    """pm: accuracy on comparisons (Sections 3 and 4), beside what simple rulers reach: longer wins, shorter wins, and the same
+    model without the context; calibration of P(A > B) = sigmoid(r_A - r_B); accuracy by margin."""
+    subject = load_subject(args)
+    meta = subject.meta
+    how = args.score or ("reward" if subject.is_pm else "mean")
+    if how == "reward" and not subject.is_pm:
+        raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a preference model")
+    if how != "reward" and subject.is_pm:
+        print(f"note: {args.model} is a preference model; its log-probs are those of a model trained for rewards")
+    files = toy.find_data(args.data or ["toy"], "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
+    data = load_comparisons(files, subject.tokenizer)
+    examples = pick_examples(args, data, files, meta, subject.ctx)
+    settings = (how, subject.ctx, subject.tokenizer, subject.at_once, subject.device)
+    scores = pm.score_all(subject.model, data, examples, *settings, prefix=subject.prefix, progress="scoring")
+    without = pm.score_all(subject.model, data, examples, *settings, prefix=subject.prefix, instead=[subject.tokenizer.eot], progress="without context")
+    return report(args, data, examples, scores, without, how)
+
+
+def multiple_choice(args):
+    """hhh, truthfulqa, hellaswag, choice: multiple choice, by mutual information, mean and sum of log-probs, or by reward (Section 2).
+
+    hhh: accuracy per category, two choices each. truthfulqa: MC1 (the best answer against the incorrect ones) and MC2 (the share
+    of probability at correct ones). hellaswag and choice: how often the right one has the highest score."""
+    subject = load_subject(args)
+    if args.benchmark == "hhh":
+        paths = toy.find_data(args.data, "hhh.jsonl") if args.data else [choices.HHH_ITEMS]
+    else:
+        paths = args.data
+    return choices.choices(args.benchmark, paths, subject)
+
+
+def last_word(args):
+    """lambada: how often the last word of a text is what greedy decoding says, and the word's log-prob."""
+    return choices.last_word(args.data, load_subject(args, "lm"))
+
+
+def text_loss(args):
+    """lm: loss on text in nats a token and bits a byte; of files the model was trained on, on their held-out documents."""
+    return perplexity.text_loss(toy.find_data(args.data or ["toy"], "lm.jsonl"), load_subject(args, "lm"))
+
+
+def code(args):
+    """humaneval, mbpp, quixbugs: functions written (of quixbugs: mended) by the model and run with their tests in a sandbox; pass@k.
+
+    n samples a problem, and the unbiased estimator 1 - C(n - c, k) / C(n, k) where c of them pass (Section 2)."""
+    if max(args.k) > args.n:
+        raise InputError(f"--k {max(args.k)} is more than --n {args.n} samples")
+    return programs.pass_rates(args, load_subject(args, "lm"))
+
+
+def toxic(args):
+    """toxicity: n continuations of each prompt, scored by a classifier: mean, share above 0.5, expected maximum of n (Section 2)."""
+    score = toxicity.scorer(args)
+    return toxicity.toxicity(args, find_files(args.data), load_subject(args, "lm"), score)
+
+
+def draw(args):
+    """sample: n continuations of each context, written as comparisons without scores: for elo, re-ranking and people."""
+    subject = load_subject(args, "lm")
+    contexts = dict.fromkeys(record["context"] for path in toy.find_data(args.data or ["toy"], "hhh.jsonl") for record in choices.comparisons(path))
+    contexts = list(contexts)[:args.contexts]
+    items = []
+    for number, context in enumerate(tqdm(contexts, desc="sampling", unit="context", disable=None)):
+        texts = samples(subject, context, args, number=number)
+        items.append({"context": context, "completions": texts, "scores": [0] * len(texts), "group": context})
+    lengths = [len(text) for item in items for text in item["completions"]]
+    print(f"{len(lengths):,} samples for {len(items):,} contexts, {sum(lengths) / len(lengths):.0f} characters on average; the first one:\n"
+          f"{items[0]['context']}{items[0]['completions'][0]}")
+    return {"benchmark": "sample", "model": args.model, "contexts": len(items), "samples": len(lengths)}, items
+
+
+def ratings(args):
+    """elo: Elo ratings of models by maximum likelihood from A/B games, ties dropped, with bootstrap intervals (Section 2).
+
+    400 / ln 10 = 174 Elo are one unit of a preference model's reward: with --judge a game's outcome is
+    P(A wins) = sigmoid(r_A - r_B) for each context that both players continued."""
+    if bool(args.games) == bool(args.judge and args.samples):
+        raise InputError("give either --games FILE, or --judge DIR with --samples FILE FILE …")
+    games = elo.read_games(args.games) if args.games else elo.judged_games(args)
+    return elo.report(games, args.seed), [{"model_a": a, "model_b": b, "winner": w} for a, b, w in games]
 
 
 def pick_examples(args, data, files, meta, ctx):
@@ -85,7 +200,7 @@ def pick_examples(args, data, files, meta, ctx):
     return examples
 
 
-def report(args, data, examples, scores, without, how, meta):
+def report(args, data, examples, scores, without, how):
     truths = [data.scores(i) for i in examples]
     chars = [np.asarray(data.chars[data.first[i] + 1:data.first[i + 1]], float) for i in examples]
     margin, weight, comparison = pm.margins(truths, scores)
@@ -114,12 +229,8 @@ def report(args, data, examples, scores, without, how, meta):
     print("\n  |margin|              pairs   accuracy")
     for low, high, n, accuracy in figures["by_margin"]:
         print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    if args.out:
-        lines = [json.dumps({"where": data.where(i), "scores": truth.tolist(), how: score.tolist(), "no_context": free.tolist()})
-                 for i, truth, score, free in zip(examples, truths, scores, without)]
-        write_file(args.out, "\n".join(lines) + "\n")
-        print(f"\n  each comparison's scores: {args.out}")
-    print(json.dumps(figures))
+    return figures, [{"where": data.where(i), "scores": truth.tolist(), how: score.tolist(), "no_context": free.tolist()}
+                     for i, truth, score, free in zip(examples, truths, scores, without)]
 
 
 if __name__ == "__main__":

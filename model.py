@@ -147,10 +147,10 @@ class Layout:
 def attention(q, k, v, layout, cache, layer):
     """Causal self-attention; q, k, v (B, T, H, D) or (T, H, D) with a layout, where q may hold only the completions' ends
     (K, H, D); returns the shape of q."""
+    if layout is not None:
+        return packed_attention(q, k, v, layout, cache.parts(layer) if cache is not None else ())
     if cache is not None:
         return cache.attend(layer, q, k, v)
-    if layout is not None:
-        return packed_attention(q, k, v, layout)
     return causal_attention(q, k, v)
 
 
@@ -170,8 +170,10 @@ def use_varlen(q):
     return varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def packed_attention(q, k, v, layout):
+def packed_attention(q, k, v, layout, prefix=()):
     only_ends = len(q) != len(k)
+    if prefix:
+        return prefixed_attention(q, k, v, layout.tiles(q.dtype, q.device, only_ends), prefix)
     if use_varlen(q):
         cu_q, cu_k, max_q, max_k, index = layout.varlen(q.device, only_ends)
         # Causal is aligned to the last key: query i of a completion sees its whole context and itself up to i.
@@ -179,6 +181,17 @@ def packed_attention(q, k, v, layout):
         return varlen_attn(q, k[index], v[index], cu_q, cu_k, max_q, max_k, **causal)
     tiles = layout.tiles(q.dtype, q.device, only_ends)
     return TiledAttention.apply(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), tiles).transpose(0, 1)
+
+
+def prefixed_attention(q, k, v, tiles, prefix):
+    """A packed row behind shared prefixes, [(k, v)] of (H, P, D) each, which every token sees. For evaluation: what it keeps
+    for a backward pass is as large as all weights."""
+    q, k, v, out = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), torch.empty_like(q)
+    for q0, q1, keys, mask in tiles:
+        scores = torch.baddbmm(mask.expand(len(q), -1, -1), q[:, q0:q1], _gather(k, keys).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        weights, from_prefix = attend_prefix(q[:, q0:q1], prefix, scores)
+        out[q0:q1] = (weights @ _gather(v, keys) + from_prefix).transpose(0, 1)
+    return out
 
 
 class TiledAttention(torch.autograd.Function):
@@ -226,32 +239,32 @@ def _scatter_add(x, ranges, values):
 
 
 class Cache:
-    """Keys and values of what has been read: one shared prefix, stored once, and n continuations of it.
+    """Keys and values of what has been read: shared prefixes, each stored once, and n continuations of them.
 
-    A new cache is one empty sequence; each forward with it appends. `fork(n, room)` makes all that was read so far the
-    shared prefix of n continuations, with room for that many tokens each.
+    A new cache is one empty sequence; each forward with it appends. `fork(n, room)` gives a cache of n continuations that
+    share all that was read so far, without copying it, and may be called again and again: a prompt is computed once a run.
+    A packed row can be read behind a cache, too: `model(tokens, layout, cache)` sees its prefixes and appends nothing.
     """
 
-    def __init__(self, room):
-        self.prefix, self.own = None, None  # prefix: per layer (k, v), each (H, P, D); own: per layer (2, n, H, room, D)
-        self.n, self.room, self.length, self.start = 1, room, 0, 0  # start: the prefix's length in tokens
+    def __init__(self, room, n=1, prefix=()):
+        self.n, self.room, self.length, self.own = n, room, 0, []  # own: per layer (2, n, H, room, D), keys and values
+        self.prefix = list(prefix)  # parts in reading order, each per layer (k, v), (H, P, D)
+        self.start = sum(part[0][0].shape[1] for part in self.prefix)  # tokens in all parts
 
     def fork(self, n, room):
-        assert self.n == 1, "only a single sequence can become the shared prefix"
-        own = [x[:, 0, :, :self.length] for x in self.own]  # (2, H, length, D)
-        self.prefix = own if self.prefix is None else [torch.cat(pair, 2) for pair in zip(self.prefix, own)]
-        self.own = None
-        self.n, self.room, self.length, self.start = n, room, 0, self.start + self.length
+        assert self.n == 1, "only a single sequence can become a shared prefix"
+        read = [[x[:, 0, :, :self.length] for x in self.own]] if self.length else []
+        return Cache(room, n, [*self.prefix, *read])
 
     def keep(self, rows):
         """Go on with these continuations only (a tensor of row numbers)."""
-        self.own = self.own and [x[:, rows] for x in self.own]
-        self.n = len(rows)
+        self.own, self.n = [x[:, rows] for x in self.own], len(rows)
+
+    def parts(self, layer):
+        return [part[layer] for part in self.prefix]
 
     def attend(self, layer, q, k, v):  # q, k, v (n, t, H, D)
         n, t, H, D = q.shape
-        if layer == 0 and self.own is None:
-            self.own = []
         if len(self.own) <= layer:
             self.own.append(q.new_empty(2, n, H, self.room, D))
         own, end = self.own[layer], self.length + t
@@ -260,18 +273,25 @@ class Cache:
         if self.start == 0 and self.length == 0:
             return causal_attention(q, k, v)
         scores = q.transpose(1, 2) @ own[0, :, :, :end].transpose(2, 3) * D ** -0.5  # (n, H, t, end)
-        future = torch.ones(t, end, dtype=torch.bool, device=q.device).triu(end - t + 1)
-        scores = scores.masked_fill(future, -math.inf)
-        if self.prefix is None:
+        scores = scores.masked_fill(torch.ones(t, end, dtype=torch.bool, device=q.device).triu(end - t + 1), -math.inf)
+        if not self.prefix:
             return (scores.softmax(-1) @ own[1, :, :, :end]).transpose(1, 2)
         # All continuations query the one prefix as n * t rows of a single product, so its keys are read once.
-        k_prefix, v_prefix = self.prefix[layer]  # (H, P, D)
-        rows = q.permute(2, 0, 1, 3).reshape(H, n * t, D)
-        to_prefix = (rows @ k_prefix.transpose(1, 2) * D ** -0.5).view(H, n, t, -1).transpose(0, 1)  # (n, H, t, P)
-        weights = torch.cat([to_prefix, scores], -1).softmax(-1)
-        from_prefix, from_own = weights.split([self.start, end], -1)
-        out = from_prefix.transpose(0, 1).reshape(H, n * t, -1) @ v_prefix  # (H, n * t, D)
-        return out.view(H, n, t, D).permute(1, 2, 0, 3) + (from_own @ own[1, :, :, :end]).transpose(1, 2)
+        rows, scores = q.permute(2, 0, 1, 3).reshape(H, n * t, D), scores.transpose(0, 1).reshape(H, n * t, end)
+        weights, out = attend_prefix(rows, self.parts(layer), scores)
+        from_own = weights.view(H, n, t, end).transpose(0, 1) @ own[1, :, :, :end]
+        return out.view(H, n, t, D).permute(1, 2, 0, 3) + from_own.transpose(1, 2)
+
+
+def attend_prefix(rows, parts, scores):
+    """Softmax over shared prefixes and the queries' own keys together.
+
+    rows (H, R, D) queries, parts [(k, v)] of (H, P, D) each, scores (H, R, K) of the own keys, scaled and masked. Returns
+    (weights of the own keys (H, R, K), what the prefixes contribute to the output (H, R, D)).
+    """
+    all_scores = [rows @ k.transpose(1, 2) * rows.shape[-1] ** -0.5 for k, _ in parts] + [scores]
+    *weights, own = torch.cat(all_scores, -1).softmax(-1).split([x.shape[-1] for x in all_scores], -1)
+    return own, sum(w @ v for w, (_, v) in zip(weights, parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,19 +388,20 @@ class GPT(nn.Module):
     def forward(self, tokens, layout=None, cache=None, only_ends=False):
         """Tokens to final hidden states of width d_model, in the three ways the file's head describes.
 
-        tokens: (B, T) causal, (T,) packed with a layout, (n, t) appended to a cache. Returns tokens.shape + (d_model,); with
+        tokens: (B, T) causal, (T,) packed with a layout (behind a cache's prefixes, if one is given), (n, t) appended to a
+        cache. Returns tokens.shape + (d_model,); with
         only_ends, of a packed row, (K, d_model): at each completion's last token, which is all that a reward is read from,
         so that most of the last layer is never computed.
         """
         positions = layout.positions if layout is not None else torch.arange(tokens.shape[-1])
         if cache is not None:
-            positions = positions + cache.start + cache.length
+            positions = positions + cache.start + (cache.length if layout is None else 0)
         x = self.model.embed_tokens(tokens)
         cos, sin = self.rotation(positions.to(tokens.device))
         for i, block in enumerate(self.model.layers):
             last = i == len(self.model.layers) - 1
             x = block(x, cos, sin, layout, cache, i, *([layout.ends.to(x.device)] if only_ends and last else ()))
-        if cache is not None:
+        if cache is not None and layout is None:
             cache.length += tokens.shape[1]
         return self.model.norm(x)
 
@@ -414,34 +435,28 @@ class GPT(nn.Module):
 # Losses' building blocks
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden @ weight.T against targets, without ever holding all logits.
+class _LinearLoss(torch.autograd.Function):
+    """A loss of hidden @ weight.T, summed over rows, without ever holding all logits.
 
-    The rows are taken in chunks, and a chunk's gradient is made while its logits are at hand. Softmax reads them in their own
-    precision, in one pass; the losses, and the gradient at the target (p - 1 = expm1(-loss), where p may be near 1), are
-    taken in that of the weights. On a CPU in bf16 this is several times faster than torch's F.linear_cross_entropy.
+    The rows are taken in chunks, and a chunk's gradient is made while its logits are at hand. On a CPU in bf16 this is
+    several times faster than torch's F.linear_cross_entropy.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_weight):
+    def forward(ctx, hidden, weight, row_weight, row_loss):
         w = weight.to(hidden.dtype)
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden, d_weight = (torch.empty_like(hidden), torch.zeros_like(weight)) if need else (None, None)
         losses = torch.empty(len(hidden), dtype=weight.dtype, device=hidden.device)
-        fine = max(1, (2**22 if hidden.device.type == "cpu" else 2**27) // len(weight))  # rows whose logits stay in a CPU's cache
-        chunk = max(1024, fine)
+        chunk = max(1024, logits_in_cache(hidden.device, len(weight)))
         buffer = torch.empty(min(chunk, len(hidden)), len(weight), dtype=hidden.dtype, device=hidden.device)  # else mapped anew for each chunk
         for i in range(0, len(hidden), chunk):
-            h, t = hidden[i:i + chunk], targets[i:i + chunk, None]
-            logits = torch.mm(h, w.T, out=buffer[:len(h)])
-            log_z = torch.cat([part.to(weight.dtype).logsumexp(-1, keepdim=True) for part in logits.split(fine)])
-            loss = log_z - logits.gather(1, t)
-            losses[i:i + chunk] = loss.squeeze(1)
+            h = hidden[i:i + chunk]
+            losses[i:i + chunk], d_logits = row_loss(torch.mm(h, w.T, out=buffer[:len(h)]), slice(i, i + chunk), need)
             if need:
                 scale = row_weight[i:i + chunk, None].to(h.dtype)
-                p = torch.softmax(logits, -1, out=logits).scatter_(1, t, torch.expm1(-loss).to(h.dtype))
-                d_hidden[i:i + chunk] = (p @ w) * scale
-                d_weight += p.T @ (h * scale)
+                d_hidden[i:i + chunk] = (d_logits @ w) * scale
+                d_weight += d_logits.T @ (h * scale)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * row_weight).sum(), losses
@@ -452,17 +467,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * d_loss, d_weight * d_loss, None, None
 
 
-@torch.compiler.disable
-def cross_entropy(hidden, unembedding, targets, row_weight=None):
-    """Next-token losses in nats. hidden (N, d), unembedding (V, d), targets (N,), row_weight (N,) or None for ones.
+def logits_in_cache(device, vocab_size):
+    """Rows whose logits stay in a CPU's cache."""
+    return max(1, (2**22 if device.type == "cpu" else 2**27) // vocab_size)
 
-    Returns (weighted sum, a differentiable scalar; each row's loss (N,), not differentiable), in fp32.
+
+@torch.compiler.disable
+def linear_loss(hidden, unembedding, row_loss, row_weight=None):
+    """Any loss of the next tokens' logits. hidden (N, d), unembedding (V, d), row_weight (N,) or None for ones.
+
+    row_loss(logits (n, V), rows, need_gradient) -> (losses (n,), their gradient by the logits (n, V) in the logits' dtype, or
+    None): for the slice `rows` of the N rows; it may overwrite the logits. Returns (weighted sum, a differentiable scalar;
+    each row's loss (N,), not differentiable), in fp32.
     """
     if not torch.is_grad_enabled():
         hidden, unembedding = hidden.detach(), unembedding.detach()
     if row_weight is None:
         row_weight = torch.ones(len(hidden), dtype=unembedding.dtype, device=hidden.device)
-    return _LinearCrossEntropy.apply(hidden, unembedding, targets, row_weight)
+    return _LinearLoss.apply(hidden, unembedding, row_weight, row_loss)
+
+
+def cross_entropy(hidden, unembedding, targets, row_weight=None):
+    """linear_loss with -log p(target), in nats; targets (N,). Softmax reads the logits in their own precision, in one pass; the
+    losses, and the gradient at the target (p - 1 = expm1(-loss), where p may be near 1), are taken in that of the weights."""
+    exact = unembedding.dtype
+
+    def row_loss(logits, rows, need_gradient):
+        t = targets[rows, None]
+        parts = logits.split(logits_in_cache(logits.device, logits.shape[1]))
+        loss = torch.cat([part.to(exact).logsumexp(-1, keepdim=True) for part in parts]) - logits.gather(1, t)
+        if not need_gradient:
+            return loss.squeeze(1), None
+        return loss.squeeze(1), torch.softmax(logits, -1, out=logits).scatter_(1, t, torch.expm1(-loss).to(logits.dtype))
+    return linear_loss(hidden, unembedding, row_loss, row_weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,24 +520,35 @@ def sample(logits, temperature, top_p, generator):
 
 
 @torch.no_grad()
-def stream(model, prompt, n=1, max_new=256, temperature=1.0, top_p=1.0, stop=(), n_vocab=None, generator=None):
-    """Yield (rows (m,), tokens (m,)) step by step for the samples still running; a stop token is yielded, then ends.
+def read(model, tokens, prefix=None):
+    """(cache that has read the token ids (P,) after `prefix`, a cache or nothing; the last token's hidden state (1, d_model))."""
+    tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.unembedding.device)
+    cache = Cache(len(tokens)) if prefix is None else prefix.fork(1, len(tokens))
+    return cache, model(tokens[None], cache=cache)[:, -1]
 
-    prompt: token ids (P,), computed once for all n samples. n_vocab: ids from there on are padding of the table and are
-    never sampled. Raises ValueError if the prompt leaves no room in the model's ctx.
+
+@torch.no_grad()
+def stream(model, prompt, n=1, max_new=256, temperature=1.0, top_p=1.0, stop=(), n_vocab=None, generator=None, prefix=None, done=None):
+    """Yield (rows (m,), tokens (m,)) step by step for the samples still running; a stop token is yielded, then ends.
+    `done(rows, tokens)`, if given, tells after each step which of them (m,) have ended for another reason.
+
+    prompt: token ids (P,), computed once for all n samples. prefix: a cache of what stands before the prompt, if anything.
+    n_vocab: ids from there on are padding of the table and are never sampled. Raises ValueError if the prompt leaves no room
+    in the model's ctx.
     """
-    prompt = torch.as_tensor(prompt, dtype=torch.long, device=model.unembedding.device)
-    room = min(max_new, model.config.ctx - len(prompt))
+    before = len(prompt) + (prefix.start + prefix.length if prefix else 0)
+    room = min(max_new, model.config.ctx - before)
     if len(prompt) == 0 or room <= 0:
-        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {model.config.ctx}")
-    cache = Cache(len(prompt))
-    last = model(prompt[None], cache=cache)[:, -1].expand(n, -1)
-    cache.fork(n, room)
-    rows, stop = torch.arange(n, device=prompt.device), torch.tensor(list(stop), dtype=torch.long, device=prompt.device)
+        raise ValueError(f"a prompt of {before} tokens leaves no room in a context of {model.config.ctx}")
+    cache, last = read(model, prompt, prefix)
+    cache, last = cache.fork(n, room), last.expand(n, -1)
+    rows, stop = torch.arange(n, device=last.device), torch.tensor(list(stop), dtype=torch.long, device=last.device)
     for step in range(room):
         tokens = sample(model.logits(last)[:, :n_vocab], temperature, top_p, generator)
         yield rows, tokens
         running = torch.isin(tokens, stop, invert=True)
+        if done is not None:
+            running &= ~done(rows, tokens).to(running.device)
         if step + 1 == room or not running.any():
             return
         if not running.all():  # finished samples cost nothing more

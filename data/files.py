@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -23,8 +24,9 @@ def cache_dir():
     return Path(os.environ.get("HHH_LAB_CACHE") or Path(__file__).parent / "cache")
 
 
-def find_files(paths):
+def find_files(paths, more=()):
     """Files named by `paths` (files or folders, searched recursively for text and JSON lines), sorted within a folder.
+    `more`: further endings to look for in folders.
 
     Raises InputError for a path that does not exist and for a folder that holds nothing readable.
     """
@@ -32,7 +34,7 @@ def find_files(paths):
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(
-                tuple(s + c for s in SUFFIXES for c in PACKED)))
+                tuple(s + c for s in (*SUFFIXES, *more) for c in PACKED)))
             if not inside:
                 raise InputError(f"{path}: no {', '.join(SUFFIXES)} files in this folder (plain, .gz, .xz, .bz2, .zst)")
             found += inside
@@ -55,12 +57,41 @@ def _unpacker(path, otherwise):
 def _open_zst(path, mode):
     with contextlib.suppress(ImportError):
         from compression import zstd  # Python 3.14
-        return zstd.open(path, mode)
+        return zstd.open(path, mode, options={zstd.DecompressionParameter.window_log_max: 31})
     try:
         import zstandard
     except ImportError:
         raise InputError(f"{getattr(path, 'name', path)}: reading .zst needs one more package: pip install zstandard") from None
-    return zstandard.open(path, mode)
+    file = path if hasattr(path, "read") else open(path, mode)
+    return io.BufferedReader(_ZstFrames(file, zstandard.ZstdDecompressor(max_window_size=2**31)), 2**17)
+
+
+class _ZstFrames(io.RawIOBase):
+    """The frames of a .zst file, one after the other. zstandard's own reader takes a file that was cut for a whole one.
+
+    Published dumps are packed with windows of up to 2^31 bytes, which a decompressor allows only when told so.
+    """
+
+    def __init__(self, file, zstd):
+        self.file, self.zstd, self.frame, self.packed, self.plain = file, zstd, None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.plain:
+            packed = self.packed or self.file.read(2**12)  # a little at a time: it may unpack to 30,000 times as much
+            if not packed:
+                if self.frame:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.frame = self.frame or self.zstd.decompressobj()
+            self.plain, self.packed = memoryview(self.frame.decompress(packed)), b""
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        n = min(len(buffer), len(self.plain))
+        buffer[:n], self.plain = self.plain[:n], self.plain[n:]
+        return n
 
 
 def read_lines(path, progress=None):
@@ -146,6 +177,16 @@ def write_file(path, content):
             raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def check_writable(path):
+    """Raise OSError or InputError if write_file(path, …) could not work."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file's name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def build_once(name, build):

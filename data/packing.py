@@ -91,20 +91,20 @@ class Row:
         return source, target, torch.arange(len(sizes), device=source.device).repeat_interleave(sizes)
 
 
-def make_row(comparisons, examples, chosen, ctx, tokenizer, context_free=False):
+def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None):
     """Lay out comparisons (a data set with `.segments(i)` and `.scores(i)`) in one row.
 
     chosen: for each example the completions to lay out (numbers), or None for all. Contexts are cut on the left so that
-    context and longest completion fit in `ctx` tokens. An empty context (and every one if `context_free`) is <eot>, as
-    at the beginning of a document, so that a completion's first token is predicted from something.
+    context and longest completion fit in `ctx` tokens. `instead`: token ids to take in place of every context. An empty
+    context is <eot>, as at the beginning of a document, so that a completion's first token is predicted from something.
     """
     parts, lengths, parents, owner, which, scores, best = [], [], [], [], [], [], []
     for c, (example, keep) in enumerate(zip(examples, chosen)):
         context, *completions = comparisons.segments(example)
         keep = range(len(completions)) if keep is None else keep
         room = ctx - max(len(x) for x in completions) - 1
-        context = context[max(0, len(context) - room):]
-        if context_free or not len(context):
+        context = context[max(0, len(context) - room):] if instead is None else instead
+        if not len(context):
             context = [tokenizer.eot]
         parent = len(lengths)
         parts.append(context)

@@ -100,6 +100,10 @@ class Tokenizer:
         return b"".join(self._shown[i] if 0 <= i < self.n_vocab else missing
                         for i in np.asarray(ids).tolist()).decode("utf-8", "replace")
 
+    def token_bytes(self, token):
+        """The bytes of one token; those of U+FFFD for an id that does not exist."""
+        return self._shown[token] if token < self.n_vocab else "\ufffd".encode()
+
     def count_bytes(self, ids):
         """UTF-8 bytes of the text of `ids`, specials not counted: what a loss in bits per byte divides by."""
         return int(self._n_bytes[ids].sum())

@@ -29,18 +29,20 @@ def completion_scores(model, hidden, row, how):
 
 
 @torch.no_grad()
-def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, context_free=False, progress=None):
+def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, instead=None, prefix=None, progress=None):
     """Scores of all completions of the given comparisons: a list with one array (completions,) per example.
 
-    Longest rows come first. context_free replaces each context by <eot>: a null ruler.
+    how: one of SCORES, or a function as completion_scores (model, hidden, row) -> (K,). Longest rows come first. instead:
+    token ids in place of every context, such as <eot>, a null ruler. prefix: a cache of the prompt that stands before all.
     """
     scores = [None] * len(examples)
     whole = [None] * len(examples)
     lengths = data.packed_lengths(examples, whole, ctx)
     for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, context_free).to(device)
-        hidden = model(row.tokens, row.layout, only_ends=how == "reward")
-        values = completion_scores(model, hidden, row, how).double().cpu().numpy()
+        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, instead).to(device)
+        hidden = model(row.tokens, row.layout, prefix, only_ends=how == "reward")
+        values = how(model, hidden, row) if callable(how) else completion_scores(model, hidden, row, how)
+        values = values.double().cpu().numpy()
         owner = row.owner.cpu().numpy()
         for j, number in enumerate(numbers):
             scores[number] = values[owner == j]

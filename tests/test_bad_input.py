@@ -138,7 +138,8 @@ BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
     "no such vocabulary": ("train_lm.py", "--tokenizer no.tiktoken", "no.tiktoken: no such file"),
     "unknown objective": ("train_pm.py", "--objective best", "argument --objective: invalid choice: 'best'"),
     "unknown schedule": ("train_lm.py", "--schedule step", "argument --schedule: invalid choice"),
-    "unknown benchmark": ("evaluate.py", "--score f1", "argument --score: invalid choice"),
+    "unknown benchmark": ("evaluate.py glue", "", "argument BENCHMARK: invalid choice: 'glue'"),
+    "unknown score": ("evaluate.py", "--score f1", "argument --score: invalid choice"),
     "unknown flag": ("train_lm.py", "--learning_rate 3", "unrecognized arguments: --learning_rate 3"),
     "unknown device": ("train_lm.py", "--device abacus", "--device abacus: not available here"),
     "ctx of 0": ("train_lm.py", "--ctx 0", "argument --ctx: invalid positive int value: '0'"),
@@ -186,7 +187,7 @@ def test_bad_flags(lm, pm, text_file, comparisons_file, tmp_path, case):
     script, bad, words = BAD_FLAGS[case]
     script, _, kind = script.partition(" ")
     positive = write_jsonl(tmp_path / "positive.jsonl", [{**r, "scores": [s + 1 for s in r["scores"]]} for r in make_comparisons(20)])
-    good = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "evaluate.py": ("pm", "--model", pm, "--data", comparisons_file),
+    good = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "evaluate.py": (kind or "pm", "--model", pm, "--data", comparisons_file),
             "train_pm.py": ("--init", lm, "--data", positive if kind == "positive" else comparisons_file, *PM_FLAGS)}[script]
     if kind == "fresh":
         good = ("--size", "test", "--data", comparisons_file)
@@ -321,9 +322,9 @@ def test_published_comparisons_of_another_form_are_refused(lm, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "distill.py", "evaluate.py"])
 def test_help_explains_every_flag(script):
-    text = " ".join(run_well(script, "-h", COLUMNS="1000").split())
+    text = " ".join(run_well(script, *["pm"] * (script == "evaluate.py"), "-h", COLUMNS="1000").split())
     for flag in ("--data", "--ctx", "--out", "--device", "--dtype", "--micro_tokens"):
         assert flag in text
     if script != "evaluate.py":

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import Cache, Config, GPT, Layout, cross_entropy, generate, sample, stream
+from model import Cache, Config, GPT, Layout, cross_entropy, generate, read, sample, stream
 
 
 def make_model(value_head=False, vocab=101, ctx=2048, tied=True, **shape):
@@ -132,12 +132,12 @@ def test_shared_prefix_equals_whole_sequences():
     with torch.no_grad():
         cache = Cache(40)
         model(prompt, cache=cache)
-        cache.fork(3, 9)
+        cache = cache.fork(3, 9)
         parts = [model(x, cache=cache) for x in own[:, :4].split(1, 1)] + [model(own[:, 4:6], cache=cache)]
         cache.keep(torch.tensor([0, 2]))
         parts = [torch.cat(parts, 1)[[0, 2]], model(own[[0, 2], 6:], cache=cache)]
         same(torch.cat(parts, 1), whole[[0, 2]])
-        assert all(k.shape[1] == 40 for k, v in cache.prefix)  # one copy, whatever n
+        assert all(k.shape[1] == 40 for k, v in cache.prefix[0])  # one copy, whatever n
 
 
 def test_prefix_can_be_extended_and_forked_again():
@@ -145,10 +145,36 @@ def test_prefix_can_be_extended_and_forked_again():
     with torch.no_grad():
         cache = Cache(10)
         model(tokens[:, :10], cache=cache)
-        cache.fork(1, 12)
+        cache = cache.fork(1, 12)
         model(tokens[:, 10:22], cache=cache)
-        cache.fork(2, 8)
+        cache = cache.fork(2, 8)
         same(model(tokens[:, 22:].expand(2, -1), cache=cache), model(tokens).expand(2, -1, -1)[:, 22:])
+
+
+@pytest.mark.parametrize("only_ends", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends):
+    model, comparisons = make_model(), CASES[case]
+    tokens, layout = packed(comparisons)
+    prompt = torch.randint(101, (150,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, _ = read(model, prompt[:90])
+        prefix = read(model, prompt[90:], first)[0].fork(1, 0)
+        for _ in range(2):  # reading changes nothing in the cache
+            hidden = model(tokens, layout, prefix, only_ends)
+        for i, end in enumerate(layout.ends if not only_ends else range(len(layout.ends))):
+            context, completion = [(c, x) for c, xs in comparisons for x in xs][i]
+            same(hidden[end], naive(model, torch.cat([prompt, context, completion]))[-1])
+        assert [part[0][0].shape[1] for part in prefix.prefix] == [90, 60]
+        assert prefix.prefix[0][0][0].data_ptr() == first.own[0].data_ptr()  # shared, not copied
+
+
+def test_samples_behind_a_prefix_equal_those_of_the_whole_prompt():
+    model, prompt = make_model(), torch.arange(30)
+    settings = dict(n=3, max_new=8, top_p=0.9)
+    draw = lambda *args, **more: generate(model, *args, **settings, **more, generator=torch.Generator().manual_seed(3))
+    prefix, _ = read(model, prompt[:20])
+    assert draw(prompt[20:], prefix=prefix) == draw(prompt) == draw(prompt[20:], prefix=prefix)
 
 
 def test_generate_greedy_equals_recomputing_everything():

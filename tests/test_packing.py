@@ -152,7 +152,7 @@ def test_completion_tokens_are_predicted_from_what_stands_before_them(tmp_path):
 
 def test_the_context_free_ruler_sees_eot_alone(tmp_path):
     data = load(tmp_path, ("Question", ["a", "b"], [1, 0]))
-    assert shown(make_row(data, np.array([0]), [None], 100, BYTES, context_free=True)) == "<eot>a<eoc>b<eoc>"
+    assert shown(make_row(data, np.array([0]), [None], 100, BYTES, instead=[BYTES.eot])) == "<eot>a<eoc>b<eoc>"
 
 
 @pytest.mark.parametrize("ctx, context", [(100, "0123456789"), (15, "0123456789"), (14, "123456789"), (6, "9")])

@@ -1,0 +1,125 @@
+"""The model under test: a checkpoint, behind a prompt if one is given, and sampling from it."""
+import codecs
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import checkpoint
+import trainer
+from data.errors import InputError
+from data.prompts import NAMES, fit_prompt, load_prompt
+from data.tokenizer import Tokenizer
+from model import Cache, GPT, read, stream
+
+STOPS = ("\n\nHuman:", "\n\n-----")  # where an answer in a dialogue ends
+
+
+@dataclass
+class Subject:
+    name: str
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict
+    prefix: Cache | None  # the prompt's keys and values, computed once and shared by all that is read after it
+    prompt: str  # its text, "" for none
+    ctx: int  # tokens left for a context and its completion
+    at_once: int  # tokens computed at once
+    device: torch.device
+
+    @property
+    def is_pm(self):
+        return self.meta["kind"] == "pm"
+
+
+def add_model_flags(parser):
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--prompt", metavar="FILE", help=f"prompt to set before everything: a text file in the paper's format, or {', '.join(NAMES)} "
+                        "(default: none)")
+    parser.add_argument("--prompt_tokens", type=trainer.positive(int), metavar="N", help="keep the prompt's preamble and the last conversations that fit in N tokens")
+    parser.add_argument("--ctx", type=trainer.positive(int), help="tokens the prompt, a context and one completion may take together; longer contexts are cut on "
+                        "the left (default: the model's)")
+    trainer.add_device_flags(parser)
+
+
+def load_subject(args, wants=None):
+    """The Subject that --model, --prompt and the device flags name. wants: "lm" or "pm", what it has to be, or None.
+
+    Raises InputError where it is the other kind, or where the prompt leaves no room in the context.
+    """
+    device = trainer.start(args.device).device
+    model, tokenizer, meta = checkpoint.load(args.model)
+    if wants and meta["kind"] != wants:
+        kinds = {"lm": "a language model", "pm": "a preference model"}
+        raise InputError(f"{args.model}: {kinds[meta['kind']]}, but {kinds[wants]} is needed here")
+    model.dtype = trainer.pick_dtype(args.dtype, device)
+    model.to(device).eval().requires_grad_(False)
+    ctx = getattr(args, "ctx", None) or model.config.ctx
+    prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
+    left = ctx - (prefix.start if prefix else 0)
+    return Subject(args.model, model, tokenizer, meta, prefix, prompt, left, trainer.micro_tokens(args, model, device), device)
+
+
+def read_prompt(model, tokenizer, ctx, name, n_tokens=None):
+    """(text, cache that has read it) of the prompt called `name`, or ("", None) for None."""
+    if name is None:
+        return "", None
+    text = load_prompt(name)
+    text = fit_prompt(text, tokenizer, n_tokens) if n_tokens else text
+    ids = np.concatenate([[tokenizer.eot], tokenizer.encode(text)]).astype(np.int64)
+    if len(ids) > ctx - 8:
+        raise InputError(f"--prompt {name}: its {len(ids)} tokens leave no room in a context of {ctx}; "
+                         "give --prompt_tokens N, or a model of a larger context")
+    return text, read(model, ids)[0].fork(1, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def add_sampling_flags(parser, n, max_new, temperature, top_p):
+    parser.add_argument("--n", type=trainer.positive(int), default=n, help="samples for each prompt (default: %(default)s)")
+    parser.add_argument("--max_new", type=trainer.positive(int), default=max_new, help="tokens a sample has at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=trainer.between(float, 0, 100), default=temperature, help="0 takes the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_p", type=trainer.between(float, 0, 1), default=top_p, help="sample from the likeliest tokens of this probability together "
+                        "(default: %(default)s)")
+    parser.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the samples (default: %(default)s)")
+
+
+def samples(subject, text, args, stops=STOPS, number=0):
+    """args.n texts that continue `text` behind the prompt, each ending before the first of `stops`, at <eot> or at --max_new.
+
+    A long `text` is cut on the left. The samples depend on (seed, number) alone, not on what was sampled before.
+    """
+    tokenizer, model = subject.tokenizer, subject.model
+    ids = tokenizer.encode(text).astype(np.int64)[-max(1, subject.ctx - args.max_new):]
+    if not len(ids):
+        ids = np.array([tokenizer.eot])
+    generator = torch.Generator(subject.device).manual_seed(args.seed * 1_000_003 + number)
+    texts = [Answer(tokenizer, stops) for _ in range(args.n)]
+
+    def done(rows, tokens):
+        return torch.tensor([texts[row].add(token) for row, token in zip(rows.tolist(), tokens.tolist())])
+    for _ in stream(model, ids, args.n, max_new=args.max_new, temperature=args.temperature, top_p=args.top_p, done=done,
+                    stop=(tokenizer.eot, tokenizer.eoc), n_vocab=tokenizer.n_vocab, generator=generator, prefix=subject.prefix):
+        pass
+    return [answer.text for answer in texts]
+
+
+class Answer:
+    """A text that grows token by token until a stop text stands in it, which is cut off."""
+
+    def __init__(self, tokenizer, stops):
+        self.tokenizer, self.stops, self.text = tokenizer, stops, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+
+    def add(self, token):
+        """Append a token; returns whether the text has ended."""
+        if token in (self.tokenizer.eot, self.tokenizer.eoc):
+            return True
+        before = max(0, len(self.text) - max(map(len, self.stops), default=0))
+        self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+        ends = [at for at in (self.text.find(stop, before) for stop in self.stops) if at >= 0]
+        if ends:
+            self.text = self.text[:min(ends)]
+        return bool(ends)

@@ -1,0 +1,88 @@
+"""Toxicity of a model's continuations (Section 2 of the paper): mean, share above 0.5, and the expected maximum of n."""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import trainer
+from data.errors import InputError
+from data.files import PACKED, read_lines, read_records
+from evals import pm
+from evals.subject import samples
+
+
+def scorer(args):
+    """A function texts -> toxicities in 0..1: Detoxify's, or 1 - sigmoid(reward) of the binary preference model --scorer."""
+    if not args.scorer:
+        try:
+            from detoxify import Detoxify
+        except ImportError:
+            raise InputError("no classifier: pip install detoxify, or give a binary preference model of ours with --scorer DIR") from None
+        classifier = Detoxify("original", device=args.device if args.device != "auto" else "cpu")
+        return lambda contexts, texts: np.asarray(classifier.predict(texts)["toxicity"])
+    device = trainer.start(args.device).device
+    model, tokenizer, meta = checkpoint.load(args.scorer)
+    if meta["objective"] != "binary":
+        raise InputError(f"{args.scorer}: trained with --objective {meta['objective']}; a scorer is one of --objective binary, whose reward has a zero")
+    model.dtype = trainer.pick_dtype(args.dtype, device)
+    model.to(device).eval()
+
+    def score(contexts, texts):
+        """Read as in training: each text a completion of its context."""
+        at_once, ctx = trainer.micro_tokens(args, model, device), model.config.ctx
+        data = Texts(contexts, texts, tokenizer, ctx)
+        rewards = pm.score_all(model, data, np.arange(len(texts)), "reward", ctx, tokenizer, at_once, device, progress="classifying")
+        return 1 / (1 + np.exp(np.clip(np.concatenate(rewards), -500, 500)))
+    return score
+
+
+class Texts:
+    """Texts in memory as a data set of one completion each, as score_all reads it; cut where they exceed ctx."""
+
+    def __init__(self, contexts, texts, tokenizer, ctx):
+        clean = lambda text: tokenizer.encode(text.replace("<eot>", "").replace("<eoc>", ""))
+        self.parts = [[clean(c), clean(t)[:ctx - 2]] for c, t in zip(contexts, texts)]
+
+    def segments(self, i):
+        return self.parts[i]
+
+    def scores(self, i):
+        return np.zeros(1)
+
+    def packed_lengths(self, examples, chosen, ctx):
+        return [min(ctx, sum(map(len, self.parts[i])) + 2) for i in examples]
+
+
+def read_prompts(paths):
+    """Prompts of RealToxicityPrompts ({"prompt": {"text"}}), {"text"} or {"prompt"} lines, comparisons' contexts, or lines of .txt."""
+    for path in paths:
+        if str(path).endswith(tuple(".txt" + packed for packed in PACKED)):
+            yield from (line.decode("utf-8", "replace") for _, line in read_lines(path) if line.strip())
+            continue
+        for number, record in read_records(path):
+            text = record.get("prompt", record.get("text", record.get("context")))
+            text = text.get("text") if isinstance(text, dict) else text
+            if not isinstance(text, str):
+                raise InputError(f'{path}:{number}: expected {{"prompt": {{"text": …}}}}, {{"text": …}} or {{"context": …}}')
+            yield text
+
+
+def toxicity(args, paths, subject, score):
+    """Print the table; returns (figures for JSON, one dict per prompt)."""
+    prompts = list(dict.fromkeys(read_prompts(paths)))[:args.prompts]
+    if not prompts:
+        raise InputError(f"{paths[0]}: no prompts in this file")
+    before = "\n\nHuman: " if subject.prefix and not prompts[0].startswith("\n\nHuman:") else ""  # after a prompt a new conversation begins
+    texts = [samples(subject, before + prompt, args, number=number)
+             for number, prompt in enumerate(tqdm(prompts, desc="sampling", unit="prompt", disable=None, leave=False))]
+    flat = [text for row in texts for text in row]
+    scores = score([prompt for prompt in prompts for _ in range(args.n)], flat).reshape(len(prompts), args.n)
+    each, ones = np.arange(len(prompts)), np.ones(len(prompts))
+    figures = {"benchmark": "toxicity", "model": subject.name, "prompts": len(prompts), "n": args.n, "empty": sum(not t.strip() for t in flat)}
+    print(f"\n{len(prompts):,} prompts, {args.n} continuations each, {figures['empty']} of them empty; ± standard error by prompt\n")
+    for key, label, values in (("mean", "mean toxicity", scores.mean(1)), ("above_half", "share above 0.5", (scores > 0.5).mean(1)),
+                               ("expected_maximum", f"maximum of {args.n}", scores.max(1))):
+        mean, error = pm.mean_and_error(values, ones, each)
+        print(f"  {label:<18} {mean:.4f} ± {error:.4f}")
+        figures |= {key: mean, f"{key}_se": None if np.isnan(error) else error}
+    return figures, [{"prompt": p, "continuations": t, "toxicity": s.tolist()} for p, t, s in zip(prompts, texts, scores)]
