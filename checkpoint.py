@@ -107,6 +107,14 @@ def load(folder, value_head=None, seed=0):
     return model, tokenizer, meta
 
 
+def load_lm(folder):
+    """As `load`, for a language model; InputError for a preference model."""
+    model, tokenizer, meta = load(folder)
+    if meta["kind"] != "lm":
+        raise InputError(f"{folder}: a preference model, but a language model is needed here")
+    return model, tokenizer, meta
+
+
 def _read_meta(path):
     try:
         meta = json.loads(path.read_text())

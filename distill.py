@@ -55,14 +55,12 @@ def main():
     ranks = trainer.start(args.device)
     text_files, dialogue_files, prompt_name = sources(args)
     earlier = trainer.resumed(args, "lm", text_files + dialogue_files)
-    initial, tokenizer, meta = checkpoint.load(args.init, value_head=False)
-    teacher, teacher_folder = initial, checkpoint.find(args.init)
-    if args.teacher:
-        teacher, its_tokenizer, _ = checkpoint.load(args.teacher, value_head=False)
-        teacher_folder = checkpoint.find(args.teacher)
-        if its_tokenizer.key != tokenizer.key:
-            raise InputError(f"{args.teacher}: the teacher has another tokenizer than {args.init}; their tokens must be the same")
-    model = earlier[0] if earlier else checkpoint.load(args.init, value_head=False)[0]
+    initial, tokenizer, meta = checkpoint.load_lm(args.init)
+    teacher_folder = checkpoint.find(args.teacher or args.init)
+    teacher, its_tokenizer, _ = checkpoint.load_lm(teacher_folder)
+    if its_tokenizer.key != tokenizer.key:
+        raise InputError(f"{args.teacher}: the teacher has another tokenizer than {args.init}; their tokens must be the same")
+    model = earlier[0] if earlier else initial
     teacher.to(ranks.device).eval().requires_grad_(False)
     model.to(ranks.device)
     model.dtype = teacher.dtype = trainer.pick_dtype(args.dtype, ranks.device)
@@ -74,7 +72,7 @@ def main():
     at_once = trainer.micro_tokens(args, model, ranks.device)
     stored = None if args.online else store_teacher(teacher, teacher_folder, prefix, prompt, sequences, at_once, ranks)
 
-    n_held = max(1, len(sequences) // 64)
+    n_held = max(1, len(sequences) // 32)
     held_out, train = np.arange(n_held), np.arange(n_held, len(sequences))
     lm_lr = meta.get("lm_lr") or 3e-3 * (128 / model.config.d_model) ** 0.5
     lr = args.lr or 0.05 * lm_lr

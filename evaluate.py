@@ -14,6 +14,7 @@ import json
 import numpy as np
 from tqdm import tqdm
 
+import checkpoint
 import trainer
 from data import toy
 from data.comparisons import load_comparisons
@@ -125,12 +126,12 @@ def multiple_choice(args):
 
 def last_word(args):
     """lambada: how often the last word of a text is what greedy decoding says, and the word's log-prob."""
-    return choices.last_word(args.data, load_subject(args, "lm"))
+    return choices.last_word(args.data, load_subject(args, checkpoint.load_lm))
 
 
 def text_loss(args):
     """lm: loss on text in nats a token and bits a byte; of files the model was trained on, on their held-out documents."""
-    return perplexity.text_loss(toy.find_data(args.data or ["toy"], "lm.jsonl"), load_subject(args, "lm"))
+    return perplexity.text_loss(toy.find_data(args.data or ["toy"], "lm.jsonl"), load_subject(args, checkpoint.load_lm))
 
 
 def code(args):
@@ -139,18 +140,18 @@ def code(args):
     n samples a problem, and the unbiased estimator 1 - C(n - c, k) / C(n, k) where c of them pass (Section 2)."""
     if max(args.k) > args.n:
         raise InputError(f"--k {max(args.k)} is more than --n {args.n} samples")
-    return programs.pass_rates(args, load_subject(args, "lm"))
+    return programs.pass_rates(args, load_subject(args, checkpoint.load_lm))
 
 
 def toxic(args):
     """toxicity: n continuations of each prompt, scored by a classifier: mean, share above 0.5, expected maximum of n (Section 2)."""
     score = toxicity.scorer(args)
-    return toxicity.toxicity(args, find_files(args.data), load_subject(args, "lm"), score)
+    return toxicity.toxicity(args, find_files(args.data), load_subject(args, checkpoint.load_lm), score)
 
 
 def draw(args):
     """sample: n continuations of each context, written as comparisons without scores: for elo, re-ranking and people."""
-    subject = load_subject(args, "lm")
+    subject = load_subject(args, checkpoint.load_lm)
     contexts = dict.fromkeys(record["context"] for path in toy.find_data(args.data or ["toy"], "hhh.jsonl") for record in choices.comparisons(path))
     contexts = list(contexts)[:args.contexts]
     items = []

@@ -45,7 +45,7 @@ def fit_prompt(text, tokenizer, n_tokens):
     """
     conversations = text.removesuffix(SEPARATOR).split(SEPARATOR)
     preamble = [] if conversations[0].lstrip().startswith("Human:") else [conversations.pop(0)]
-    for first in range(len(conversations) + (not preamble)):
+    for first in range(len(conversations) + bool(preamble)):
         shortened = SEPARATOR.join([*preamble, *conversations[first:], ""])
         if (n := len(tokenizer.encode(shortened))) <= n_tokens:
             return shortened

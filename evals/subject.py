@@ -42,16 +42,13 @@ def add_model_flags(parser):
     trainer.add_device_flags(parser)
 
 
-def load_subject(args, wants=None):
-    """The Subject that --model, --prompt and the device flags name. wants: "lm" or "pm", what it has to be, or None.
+def load_subject(args, load=checkpoint.load):
+    """The Subject that --model, --prompt and the device flags name. load: checkpoint.load_lm where only a language model will do.
 
-    Raises InputError where it is the other kind, or where the prompt leaves no room in the context.
+    Raises InputError where the prompt leaves no room in the context.
     """
     device = trainer.start(args.device).device
-    model, tokenizer, meta = checkpoint.load(args.model)
-    if wants and meta["kind"] != wants:
-        kinds = {"lm": "a language model", "pm": "a preference model"}
-        raise InputError(f"{args.model}: {kinds[meta['kind']]}, but {kinds[wants]} is needed here")
+    model, tokenizer, meta = load(args.model)
     model.dtype = trainer.pick_dtype(args.dtype, device)
     model.to(device).eval().requires_grad_(False)
     ctx = getattr(args, "ctx", None) or model.config.ctx

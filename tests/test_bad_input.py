@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def refused(script, *flags, names, usage=False):
     lines = done.stderr.splitlines()
     assert done.returncode == 2, done
     assert len(lines) == 1 or usage and lines[0].startswith("usage:"), done.stderr
-    assert lines[-1].startswith(f"{script}: error: ") and len(lines[-1]) < 700
+    assert re.match(rf"{script}( \w+)?: error: ", lines[-1]) and len(lines[-1]) < 700
     for name in names:
         assert str(name) in lines[-1], lines[-1]
     assert "Traceback" not in done.stdout + done.stderr
