@@ -105,9 +105,8 @@ def accuracy(args):
     files = toy.find_data(args.data or ["toy"], "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
     data = load_comparisons(files, subject.tokenizer)
     examples = pick_examples(args, data, files, meta, subject.ctx)
-    settings = (how, subject.ctx, subject.tokenizer, subject.at_once, subject.device)
-    scores = pm.score_all(subject.model, data, examples, *settings, prefix=subject.prefix, progress="scoring")
-    without = pm.score_all(subject.model, data, examples, *settings, prefix=subject.prefix, instead=[subject.tokenizer.eot], progress="without context")
+    scores = subject.score(data, examples, how, progress="scoring")
+    without = subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")
     return report(args, data, examples, scores, without, how)
 
 

@@ -127,14 +127,16 @@ class Comparisons:
         high[contexts], low[contexts] = -np.inf, np.inf
         return np.maximum.reduceat(high, contexts) > np.minimum.reduceat(low, contexts)
 
-    def packed_lengths(self, examples, chosen, ctx):
+    def packed_lengths(self, examples, chosen, ctx, eoc=True, control=()):
         """Tokens each example takes in a row; see packing.make_row."""
+        copies, marks, longest = max(1, len(control)), sum(map(len, control)), max(map(len, control), default=0)
         total = []
         for i, keep in zip(examples, chosen):
             context, *completions = self.lengths(i).tolist()
-            room = ctx - max(completions) - 1
+            room = ctx - max(completions) - 1 - longest
             keep = range(len(completions)) if keep is None else keep
-            total.append(max(1, min(context, room)) + sum(completions[k] + 1 for k in keep))
+            ends = sum(eoc or not completions[k] + longest for k in keep)
+            total.append(max(1, min(context, room)) + copies * (sum(completions[k] for k in keep) + ends) + marks * len(keep))
         return total
 
 

@@ -63,11 +63,11 @@ class Row:
     layout: Layout
     examples: np.ndarray  # (C,) which comparison of the data set each is
     owner: torch.Tensor  # (K,) which of the row's comparisons each completion belongs to, 0..C-1
-    which: np.ndarray  # (K,) which completion of its comparison it is
+    which: np.ndarray  # (K,) which completion of its comparison it is; K counts a completion once for each control token
     scores: torch.Tensor  # (K,) the data's score of each completion
     best: torch.Tensor  # (K,) True for each comparison's first completion of the highest score
     starts: torch.Tensor  # (K,) where each completion's first token lies
-    ends: torch.Tensor  # (K,) where its <eoc> lies: the reward is read here
+    ends: torch.Tensor  # (K,) where its <eoc>, or without one its last token, lies: the reward is read here
 
     def to(self, device):
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -91,18 +91,20 @@ class Row:
         return source, target, torch.arange(len(sizes), device=source.device).repeat_interleave(sizes)
 
 
-def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None):
+def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None, eoc=True, control=()):
     """Lay out comparisons (a data set with `.segments(i)` and `.scores(i)`) in one row.
 
     chosen: for each example the completions to lay out (numbers), or None for all. Contexts are cut on the left so that
     context and longest completion fit in `ctx` tokens. `instead`: token ids to take in place of every context. An empty
     context is <eot>, as at the beginning of a document, so that a completion's first token is predicted from something.
+    Without `eoc` a completion ends with its own last token (an empty one is <eoc> all the same). control: arrays of token ids;
+    every completion is laid out once behind each of them, one after the other (binarised rows: GOOD, BAD).
     """
     parts, lengths, parents, owner, which, scores, best = [], [], [], [], [], [], []
     for c, (example, keep) in enumerate(zip(examples, chosen)):
         context, *completions = comparisons.segments(example)
         keep = range(len(completions)) if keep is None else keep
-        room = ctx - max(len(x) for x in completions) - 1
+        room = ctx - max(len(x) for x in completions) - 1 - max(map(len, control), default=0)
         context = context[max(0, len(context) - room):] if instead is None else instead
         if not len(context):
             context = [tokenizer.eot]
@@ -111,12 +113,14 @@ def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None):
         lengths.append(len(context))
         parents.append(parent)
         for k in keep:
-            parts += [completions[k], [tokenizer.eoc]]
-            lengths.append(len(completions[k]) + 1)
-            parents.append(parent)
-            owner.append(c)
-            which.append(k)
-        scores.append(comparisons.scores(example)[list(keep)])
+            for mark in control or ((),):
+                end = [tokenizer.eoc] if eoc or not len(mark) + len(completions[k]) else []
+                parts += [mark, completions[k], end]
+                lengths.append(sum(map(len, parts[-3:])))
+                parents.append(parent)
+                owner.append(c)
+                which.append(k)
+        scores.append(comparisons.scores(example)[list(keep)].repeat(max(1, len(control))))
         best.append(np.arange(len(scores[-1])) == scores[-1].argmax())
     layout = Layout(lengths, parents)
     spans = [(layout.starts[i], layout.starts[i + 1] - 1) for i, p in enumerate(parents) if p != i]

@@ -121,15 +121,14 @@ def load(benchmark, paths, tokenizer, before=""):
 def score(subject, records, data):
     """(numbers of the items that fit, {rule: [scores of each such item's choices]}, {ruler: the same})."""
     examples = np.flatnonzero(data.fits(subject.ctx))
-    settings = (subject.ctx, subject.tokenizer, subject.at_once, subject.device)
-    run = lambda how, progress, **more: pm.score_all(subject.model, data, examples, how, *settings, prefix=subject.prefix, progress=progress, **more)
     is_dialogue = records[0]["context"].endswith("\n\nAssistant:")
     empty = subject.tokenizer.encode("\n\nHuman:\n\nAssistant:") if is_dialogue else [subject.tokenizer.eot]
     rulers = {"longest": [np.array([len(c) for c in records[i]["completions"]], float) for i in examples]}
     rulers["shortest"] = [-x for x in rulers["longest"]]
     if subject.is_pm:
-        return examples, {"reward": run("reward", "scoring")}, {"no context": run("reward", "without context", instead=empty)} | rulers
-    given, alone = run("sum", "scoring"), run("sum", "without context", instead=empty)
+        return examples, {"reward": subject.score(data, examples, "reward", progress="scoring")}, {
+            "no context": subject.score(data, examples, "reward", instead=empty, progress="without context")} | rulers
+    given, alone = (subject.score(data, examples, "sum", instead=context, progress=words) for context, words in ((None, "scoring"), (empty, "without context")))
     tokens = [np.maximum(data.lengths(i)[1:], 1) for i in examples]
     scores = {"mi": [g - a for g, a in zip(given, alone)], "mean": [g / n for g, n in zip(given, tokens)], "sum": given}
     return examples, scores, {"no context": alone} | rulers
@@ -189,8 +188,7 @@ def last_word(paths, subject):
     before = "\n\nHuman: " if subject.prefix else ""
     records, data = load("lambada", paths, subject.tokenizer, before)
     examples = np.flatnonzero(data.fits(subject.ctx))
-    both = pm.score_all(subject.model, data, examples, word_scores, subject.ctx, subject.tokenizer, subject.at_once, subject.device,
-                        prefix=subject.prefix, progress="scoring")
+    both = subject.score(data, examples, word_scores, progress="scoring")
     log_p, right = np.concatenate(both).T
     each = np.arange(len(examples))
     accuracy, error = pm.mean_and_error(right, np.ones(len(each)), each)

@@ -29,17 +29,18 @@ def completion_scores(model, hidden, row, how):
 
 
 @torch.no_grad()
-def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, instead=None, prefix=None, progress=None):
+def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, instead=None, prefix=None, progress=None, eoc=True):
     """Scores of all completions of the given comparisons: a list with one array (completions,) per example.
 
     how: one of SCORES, or a function as completion_scores (model, hidden, row) -> (K,). Longest rows come first. instead:
-    token ids in place of every context, such as <eot>, a null ruler. prefix: a cache of the prompt that stands before all.
+    token ids in place of every context, such as <eot>, a null ruler. prefix: a cache of the prompt that stands before all. eoc:
+    whether completions end with <eoc>, as the model was trained; log-probs are read with it.
     """
     scores = [None] * len(examples)
     whole = [None] * len(examples)
     lengths = data.packed_lengths(examples, whole, ctx)
     for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, instead).to(device)
+        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, instead, eoc).to(device)
         hidden = model(row.tokens, row.layout, prefix, only_ends=how == "reward")
         values = how(model, hidden, row) if callable(how) else completion_scores(model, hidden, row, how)
         values = values.double().cpu().numpy()

@@ -10,6 +10,7 @@ import trainer
 from data.errors import InputError
 from data.prompts import NAMES, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
+from evals import pm
 from model import Cache, GPT, read, stream
 
 STOPS = ("\n\nHuman:", "\n\n-----")  # where an answer in a dialogue ends
@@ -30,6 +31,11 @@ class Subject:
     @property
     def is_pm(self):
         return self.meta["kind"] == "pm"
+
+    def score(self, data, examples, how, **more):
+        """pm.score_all of this model behind its prompt."""
+        eoc = how != "reward" or self.meta.get("eoc", True)
+        return pm.score_all(self.model, data, examples, how, self.ctx, self.tokenizer, self.at_once, self.device, prefix=self.prefix, eoc=eoc, **more)
 
 
 def add_model_flags(parser):

@@ -31,7 +31,8 @@ def scorer(args):
         """Read as in training: each text a completion of its context."""
         at_once, ctx = trainer.micro_tokens(args, model, device), model.config.ctx
         data = Texts(contexts, texts, tokenizer, ctx)
-        rewards = pm.score_all(model, data, np.arange(len(texts)), "reward", ctx, tokenizer, at_once, device, progress="classifying")
+        rewards = pm.score_all(model, data, np.arange(len(texts)), "reward", ctx, tokenizer, at_once, device, progress="classifying",
+                               eoc=meta.get("eoc", True))
         return 1 / (1 + np.exp(np.clip(np.concatenate(rewards), -500, 500)))
     return score
 
@@ -49,7 +50,7 @@ class Texts:
     def scores(self, i):
         return np.zeros(1)
 
-    def packed_lengths(self, examples, chosen, ctx):
+    def packed_lengths(self, examples, chosen, ctx, **form):
         return [min(ctx, sum(map(len, self.parts[i])) + 2) for i in examples]
 
 

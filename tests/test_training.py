@@ -111,12 +111,43 @@ def test_imitation_is_cross_entropy_of_the_best_completion_and_its_end(tmp_path)
     assert total.item() == pytest.approx(-sum(map(sum, by_hand)), abs=1e-9) and figures == {}
 
 
+def test_binarised_is_two_pairs_for_each_ranked_one(tmp_path):
+    """GOOD:A > BAD:A and BAD:B > GOOD:B, each sequence by a forward of its own."""
+    model, data = make_model(), load(tmp_path, RECORDS)
+    control = tuple(map(BYTES.encode, train_pm.CONTROL))
+    examples = range(len(data))
+    row = make_row(data, examples, [None] * len(data), 512, BYTES, control=control)
+    assert len(row.tokens) == sum(data.packed_lengths(examples, [None] * len(data), 512, control=control))
+    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout, only_ends=True), row, "binarised")
+    by_hand = right = 0.0
+    for r in RECORDS:
+        good, bad = ([alone(model, BYTES, r["context"], mark + x)[0] for x in r["completions"]] for mark in train_pm.CONTROL)
+        pairs = [(i, j) for i, a in enumerate(r["scores"]) for j, b in enumerate(r["scores"]) if a > b]
+        for i, j in pairs:
+            for margin in (good[i] - bad[i], bad[j] - good[j]):
+                by_hand += np.log1p(np.exp(-margin)) / len(pairs) / 2
+                right += (margin > 0) / len(pairs) / 2
+    assert count == len(RECORDS) and total.item() == pytest.approx(by_hand, abs=1e-6) and figures["accuracy"].item() == pytest.approx(right)
+
+
+def test_without_eoc_the_reward_is_read_at_the_last_token(tmp_path):
+    model, data = make_model(), load(tmp_path, RECORDS)
+    row = make_row(data, range(len(data)), [None] * len(data), 512, BYTES, eoc=False)
+    assert len(row.tokens) == sum(data.packed_lengths(range(len(data)), [None] * len(data), 512, eoc=False))
+    rewards = model.rewards(row.at_ends(model(row.tokens, row.layout)))
+    texts = [(r["context"], x) for r in RECORDS for x in r["completions"]]
+    for reward, (context, completion) in zip(rewards.tolist(), texts):
+        ids = torch.from_numpy(np.concatenate([BYTES.encode(context) if context else [BYTES.eot], BYTES.encode(completion) if completion else [BYTES.eoc]]).astype(np.int64))
+        assert reward == pytest.approx(model.rewards(model(ids[None])[0, -1]).item(), abs=1e-9)
+
+
 @pytest.mark.parametrize("objective", ["ranked", "binary"])
 def test_the_lm_term_is_the_mean_loss_of_each_best_completion(tmp_path, objective):
     model, row = make_model(), row_of(load(tmp_path, RECORDS))
     hidden = model(row.tokens, row.layout)
     plain, with_lm = (train_pm.comparison_loss(model, hidden, row, objective, weight) for weight in (0.0, 0.7))
-    by_hand = -sum(np.mean(alone(model, BYTES, r["context"], x)[1]) for r, x in zip(RECORDS, ("the second", "no")))
+    counted = [len(r["completions"]) if objective == "binary" else 1 for r in RECORDS]
+    by_hand = -sum(n * np.mean(alone(model, BYTES, r["context"], x)[1]) for n, r, x in zip(counted, RECORDS, ("the second", "no")))
     assert (with_lm[0] - plain[0]).item() == pytest.approx(0.7 * by_hand, abs=1e-6) and with_lm[1:] == plain[1:]
 
 
@@ -662,3 +693,42 @@ def test_where_no_data_is_named_it_is_the_toy_world(tmp_path):
     assert "ranked.jsonl: 8,000 comparisons" in pm and "a step: 32 comparisons" in pm
     result = json.loads(run_well("evaluate.py", "pm", "--model", tmp_path / "pm", "--dtype", "fp32").splitlines()[-1])
     assert 400 < result["n"] < 1600 and all(0.4 < result[ruler] < 0.6 for ruler in ("longer_wins", "shorter_wins"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preference-model pre-training
+
+
+def test_binarised_pre_training_then_finetuning(lm, comparisons_file, tmp_path):
+    small = ("--steps", 3, "--batch", 8, "--dtype", "fp32")
+    run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--stage", "pmp", "--binarise", "--out", tmp_path / "pmp", *small)
+    run_well("train_pm.py", "--init", tmp_path / "pmp", "--data", comparisons_file, "--no_eoc", "--out", tmp_path / "pm", *small)
+    pmp, finetuned = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("pmp", "pm"))
+    assert metrics(tmp_path / "pmp")[0]["lr"] == pytest.approx(10 * metrics(tmp_path / "pm")[0]["lr"])
+    assert 0 <= pmp["metrics"]["accuracy"] <= 1 and pmp["eoc"] and not finetuned["eoc"]
+    evaluated = run_well("evaluate.py", "pm", "--model", tmp_path / "pm", "--data", comparisons_file, "--dtype", "fp32")
+    assert json.loads(evaluated.splitlines()[-1])["accuracy"] == pytest.approx(finetuned["metrics"]["accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("flags, told", [((), None), (("--sizes", "70", "10"), "mix: 70 from"), (("--weights", "1", "3"), "mix: ")])
+def test_sources_are_mixed_by_size_or_weight(lm, comparisons_file, tmp_path, flags, told):
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(40, seed=9))
+    printed = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, other, "--out", tmp_path / "out", "--steps", 1, "--batch", 4, *flags)
+    n = int(printed.split(" training comparisons")[0].rsplit(" ", 1)[1])
+    if not told:
+        assert "mix:" not in printed
+        return
+    first, second = (int(part.split()[0]) for part in printed.split("mix: ")[1].split("\n")[0].split(", "))
+    assert told in printed and first + second == n
+    assert (first, second) == (70, 10) if flags[0] == "--sizes" else abs(second - 3 * first) <= 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--sizes", "5"), "--sizes needs one number for each of the 2 --data, found 1"),
+    (("--sizes", "5", "5", "--pairs", "3"), "give one of --sizes, --weights and --pairs"),
+    (("--binarise", "--objective", "imitation"), "--binarise is for --objective ranked"),
+    (("--no_eoc", "--objective", "imitation"), "--no_eoc and --lm_weight are for preference models")])
+def test_flags_that_do_not_go_together(lm, comparisons_file, tmp_path, flags, words):
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(40, seed=9))
+    done = run("train_pm.py", "--init", lm, "--data", comparisons_file, other, "--out", tmp_path / "out", *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
