@@ -9,7 +9,9 @@
 A prompt is read once and shared by everything that is scored or sampled behind it.
 """
 import argparse
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -20,8 +22,8 @@ from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
 from data.files import check_writable, file_digest, find_files, write_file
-from evals import choices, elo, perplexity, pm, toxicity
-from evals.subject import add_model_flags, add_sampling_flags, load_subject, samples
+from evals import choices, elo, perplexity, pm, programs, rerank, toxicity
+from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
 
 SHOWN = argparse.RawDescriptionHelpFormatter
 
@@ -68,6 +70,11 @@ def parse_args():
     own = add("sample", draw, "continuations of contexts, for elo, re-ranking and people", "comparison files, whose contexts are continued, or toy (default: toy)", "the samples")
     add_sampling_flags(own, n=1, max_new=256, temperature=1.0, top_p=0.95)
     own.add_argument("--contexts", type=trainer.positive(int), help="only the first so many (default: all)")
+    own = add("rerank", best_of, "accuracy@k: is the best-scored of k samples right?", "!comparison files, a problem's samples scored 1 where right and 0 where wrong")
+    own.add_argument("--k", type=trainer.positive(int), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100], help="accuracy@k for these k, as far as the samples go "
+                     "(default: 1 2 4 … 100)")
+    for own in (own, benchmarks.choices["pm"]):
+        own.add_argument("--ensemble", nargs="+", default=[], metavar="DIR", help="more preference models: also the mean and the least of all their rewards")
     own = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge", out="the games")
     own.add_argument("--games", metavar="FILE", help="a table of outcomes, csv or JSON lines: model_a, model_b, winner")
     own.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
@@ -106,8 +113,9 @@ def accuracy(args):
     data = load_comparisons(files, subject.tokenizer)
     examples = pick_examples(args, data, files, meta, subject.ctx)
     scores = subject.score(data, examples, how, progress="scoring")
+    ensemble = rerank.ensemble(args, files, data, examples, scores) if args.ensemble else {}
     without = subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")
-    return report(args, data, examples, scores, without, how)
+    return report(args, data, examples, scores, without, how, ensemble)
 
 
 def multiple_choice(args):
@@ -163,6 +171,12 @@ def draw(args):
     return {"benchmark": "sample", "model": args.model, "contexts": len(items), "samples": len(lengths)}, items
 
 
+def best_of(args):
+    """rerank: accuracy@k, how often the best-scored of k samples of a problem is right, by the paper's unbiased estimator
+    (Section 3.3), for rewards or a language model's mean log-prob, beside chance and the best possible."""
+    return rerank.accuracy_by_k(args, load_subject(args))
+
+
 def ratings(args):
     """elo: Elo ratings of models by maximum likelihood from A/B games, ties dropped, with bootstrap intervals (Section 2).
 
@@ -170,8 +184,26 @@ def ratings(args):
     P(A wins) = sigmoid(r_A - r_B) for each context that both players continued."""
     if bool(args.games) == bool(args.judge and args.samples):
         raise InputError("give either --games FILE, or --judge DIR with --samples FILE FILE …")
-    games = elo.read_games(args.games) if args.games else elo.judged_games(args)
-    return elo.report(games, args.seed), [{"model_a": a, "model_b": b, "winner": w} for a, b, w in games]
+    games = elo.read_games(args.games) if args.games else judged_games(args)
+    return {"benchmark": "elo", **elo.report(games, args.seed)}, [{"model_a": a, "model_b": b, "winner": w} for a, b, w in games]
+
+
+def judged_games(args):
+    """Games between all --samples files (players, named by their files), one for each context and number of sample that two have."""
+    names = [Path(path).name.split(".jsonl")[0] for path in args.samples]
+    if len(set(names)) < max(2, len(names)):
+        raise InputError(f"--samples needs at least two files, each with a name of its own, found {', '.join(names)}")
+    rewards, _ = reward_function(args.judge, args)
+    texts = [{(r["context"], k): text for r in choices.comparisons(path) for k, text in enumerate(r["completions"])} for path in args.samples]
+    asked = [(player, context, text) for player, own in enumerate(texts) for (context, _), text in own.items()]
+    scores, start = rewards([context for _, context, _ in asked], [text for *_, text in asked]), 0
+    for own in texts:
+        for key in own:
+            own[key], start = scores[start], start + 1
+    games = [(a, b, float(elo.judge(x[key], y[key]))) for (a, x), (b, y) in itertools.combinations(zip(names, texts), 2) for key in x if key in y]
+    if not games:
+        raise InputError(f"{args.samples[0]}: shares no context with the other files: sample from the same --data")
+    return games
 
 
 def pick_examples(args, data, files, meta, ctx):
@@ -200,13 +232,14 @@ def pick_examples(args, data, files, meta, ctx):
     return examples
 
 
-def report(args, data, examples, scores, without, how):
+def report(args, data, examples, scores, without, how, ensemble):
     truths = [data.scores(i) for i in examples]
     chars = [np.asarray(data.chars[data.first[i] + 1:data.first[i + 1]], float) for i in examples]
     margin, weight, comparison = pm.margins(truths, scores)
     groups = np.asarray(data.groups)[examples][comparison]
     rulers = {"accuracy": margin, "no context": pm.margins(truths, without)[0], "longer wins": pm.margins(truths, chars)[0]}
     rulers["shorter wins"] = -rulers["longer wins"]
+    rulers |= {name: pm.margins(truths, values)[0] for name, values in ensemble.items()}
     figures = {"benchmark": "pm", "model": args.model, "score": how, "n": len(examples), "pairs": len(margin),
                "groups": len(np.unique(groups)), "ties": int((margin == 0).sum())}
 

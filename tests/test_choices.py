@@ -225,3 +225,62 @@ def test_the_published_files_are_read():
     assert len(records) == 653 and all(max(r["scores"]) == 2 and min(r["scores"]) == 0 for r in records)
     assert sum(1 for _ in choices.lambada(DATA / "lambada" / "lambada_test.jsonl")) == 4153
     assert sum(1 for _ in choices.hellaswag(DATA / "hellaswag" / "hellaswag_val.jsonl.xz")) == 8829
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging, re-ranking, ensembles
+
+
+@pytest.fixture(scope="module")
+def second_pm(lm, comparisons_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("second") / "pm"
+    run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--steps", 4, "--batch", 8, "--seed", 1, "--held_out", 0.3, "--lr", 0.003, "--out", out)
+    return out
+
+
+def test_a_preference_model_judges_games(pm, tmp_path):
+    players = {"first": ["a dog", "the cat sings"], "second": ["an owl waits", ""], "third": ["up there", "at home"]}
+    contexts = ["\n\nHuman: Who?\n\nAssistant:", "\n\nHuman: Where?\n\nAssistant:"]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"context": c, "completions": [t], "scores": [0], "group": c} for c, t in zip(contexts, texts)])
+             for name, texts in players.items()]
+    printed = run_well("evaluate.py", "elo", "--judge", pm, "--samples", *files, "--out", tmp_path / "games.jsonl", "--dtype", "fp32")
+    model, tokenizer, _ = checkpoint.load(pm)
+    with torch.no_grad():
+        reward = {name: [alone(model, tokenizer, c, t)[0] for c, t in zip(contexts, texts)] for name, texts in players.items()}
+    games = items_of(tmp_path / "games.jsonl")
+    assert len(games) == 6
+    for game in games:
+        shares = [1 / (1 + np.exp(b - a)) for a, b in zip(reward[game["model_a"]], reward[game["model_b"]])]
+        assert min(abs(game["winner"] - share) for share in shares) < 1e-5
+    elos = {name: p["elo"] for name, p in json.loads(printed.splitlines()[-1])["players"].items()}
+    assert max(elos, key=elos.get) == max(reward, key=lambda name: sum(reward[name]))
+    done = run("evaluate.py", "elo", "--judge", pm, "--samples", files[0])
+    assert done.returncode == 2 and "at least two files" in done.stderr
+
+
+def test_reranking_by_hand(pm, second_pm, tmp_path):
+    path = write_jsonl(tmp_path / "samples.jsonl", [{"context": "Say it:", "completions": [" a dog", " the cat", " an owl", " my friend"], "scores": s, "group": str(s)}
+                                                    for s in ([1, 0, 0, 0], [0, 0, 1, 1])])
+    printed = run_well("evaluate.py", "rerank", "--model", pm, "--data", path, "--k", 1, 2, 4, "--ensemble", second_pm, "--out", tmp_path / "items.jsonl")
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["accuracy@1_reward"] == pytest.approx(figures["accuracy@1_chance"]) == pytest.approx((0.25 + 0.5) / 2) == figures["right"]
+    rows = items_of(tmp_path / "items.jsonl")
+    assert figures["accuracy@4_reward"] == np.mean([r["right"][np.argmax(r["reward"])] for r in rows])
+    assert figures["accuracy@4_best_possible"] == 1 and "accuracy@2_mean_of_2" in figures and "accuracy@2_least_of_2" in figures
+
+
+def test_an_ensemble_is_the_mean_or_the_least_of_centred_rewards(pm, second_pm, comparisons_file, tmp_path):
+    rows = {}
+    for name, flags in (("a", (pm,)), ("b", (second_pm,)), ("both", (pm, "--ensemble", second_pm))):
+        figures, printed = evaluate("pm", "--model", *flags, "--data", comparisons_file, "--out", tmp_path / name)
+        rows[name] = items_of(tmp_path / name)
+
+    def accuracy(merge):
+        means = []
+        for a, b in zip(rows["a"], rows["b"]):
+            merged = merge([np.array(x["reward"]) - np.mean(x["reward"]) for x in (a, b)])
+            pairs = [m - n for t, m in zip(a["scores"], merged) for s, n in zip(a["scores"], merged) if t > s]
+            means.append(np.mean([(m > 0) + 0.5 * (m == 0) for m in pairs]))
+        return np.mean(means)
+    assert figures["mean_of_2"] == pytest.approx(accuracy(lambda r: np.mean(r, 0)))
+    assert figures["least_of_2"] == pytest.approx(accuracy(lambda r: np.min(r, 0)))
