@@ -1,12 +1,17 @@
 """The embedded toy world: an invented country whose facts, and so the true ranking of any answers, are known.
 
 Everything is generated from a seed: facts about towns and people, sums, lists, tasks, harmful requests ("harm") and
-questions whose answer nobody can know ("riddle"). `toy_folder` holds four files:
+questions whose answer nobody can know ("riddle"). `toy_folder` holds these files:
 
-    lm.jsonl      {"text"}: pages of conversations, each page by one author of steady character, and pages of prose
+    lm.jsonl      {"text"}: pages of conversations, each page by one author of steady character, of prose, and of counting
     ranked.jsonl  comparisons of 2 to 5 completions, scored by the table below
     binary.jsonl  the same with score 1 for a right content and 0 for any other, one tone per comparison
     hhh.jsonl     two completions, scores 1 and 0, with a "category"; questions that occur nowhere else
+    manners.jsonl   binary comparisons by tone alone, for a classifier of rudeness
+    samples.jsonl   many answers to a question, 1 where right, for re-ranking; the questions are hhh.jsonl's
+    dialogue.jsonl  {"text"}: a question and its right answer, for context distillation
+    lambada.jsonl   {"text"}: prose that ends with a known fact, whose last word is to be told
+    count.txt, prompt.txt   the numbers from 1 to 63; four conversations of a careful author
 
 A context is one question; "group" is what it asks about, whatever the wording. The true quality of an answer puts truth
 and safety first, then usefulness, and tone last; score = 4 * content + tone:
@@ -328,11 +333,19 @@ def prose(rng, world):
     return f"{capital(subject)}. " + " ".join(rng.choice(ways) for ways in facts)
 
 
+def count_from(first, n):
+    """The numbers from `first` on, as a page counts them."""
+    return ", ".join(map(str, range(first, first + n)))
+
+
 def pages(rng, world, characters):
-    """Yield LM documents until `characters` of text: a fifth of them prose, the others conversations with one author each."""
+    """Yield LM documents until `characters` of text: one in twenty counts, a fifth is prose, the others are conversations with
+    one author each."""
     authors, weights = list(CHARACTERS), [weight for weight, _, _ in CHARACTERS.values()]
     while characters > 0:
-        if rng.random() < 0.2:
+        if rng.random() < 0.05:
+            text = count_from(rng.randint(1, 120), rng.randint(20, 90))
+        elif rng.random() < 0.2:
             text = "\n\n".join(prose(rng, world) for _ in range(rng.randint(4, 8)))
         else:
             kinds = rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(4, 14))
@@ -451,20 +464,41 @@ def manners(rng, world, n):
         yield record(question, pair)
 
 
+def candidates(rng, world, n, size=16):
+    """Yield n comparisons of `size` different answers to a held-out question, 1 for the right ones and 0 for the others."""
+    questions = [question for kind in ("fact", "sum", "task", "riddle", "harm") for question in world.held[kind]]
+    for question in rng.sample(questions, n):
+        drawn = {}
+        while len(drawn) < size:
+            content = rng.choice(("right", "wrong", "wrong", "offtopic"))
+            for text, _, score in completions_of(rng, world, question, [content], [rng.choice(list(TONE))], is_right):
+                drawn.setdefault(text, (text, None, score))
+        yield record(question, list(drawn.values()))
+
+
+def last_words(rng, world, n):
+    """Yield n texts: some true sentences about a subject, the last of which ends with what is true of it."""
+    for _ in range(n):
+        yield {"text": prose(rng, world).rstrip(".")}
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 def write_world(folder, seed=0):
-    """Write the four files of the world into a folder. Each has a random stream of its own."""
+    """Write the files of the world into a folder. Each has a random stream of its own."""
     world = build_world(seed)
     files = {"lm": lambda rng: pages(rng, world, 12_500_000), "ranked": lambda rng: comparisons(rng, world, 8000, quality),
              "binary": lambda rng: comparisons(rng, world, 8000, is_right), "hhh": lambda rng: hhh_items(rng, world),
-             "dialogue": lambda rng: dialogues(rng, world, 5000), "manners": lambda rng: manners(rng, world, 2000)}
+             "dialogue": lambda rng: dialogues(rng, world, 5000), "manners": lambda rng: manners(rng, world, 2000),
+             "samples": lambda rng: candidates(rng, world, 150), "lambada": lambda rng: last_words(rng, world, 1000)}
     for name, lines in files.items():
         text = "".join(json.dumps(line) + "\n" for line in lines(random.Random(f"{seed}/{name}")))
         write_file(Path(folder) / f"{name}.jsonl", text)
+    write_file(Path(folder) / "count.txt", count_from(1, 63))
+    write_file(Path(folder) / "prompt.txt", careful_prompt(seed=seed))
 
 
 def toy_folder(seed=0):
-    """The folder that holds the four files of the world of this seed, generated on first use (some seconds)."""
+    """The folder that holds the files of the world of this seed, generated on first use (some seconds)."""
     return build_once(f"toy-{seed}-{content_key([__file__])}", lambda folder: write_world(folder, seed))
 
 
@@ -476,7 +510,7 @@ def find_data(paths, toy_name):
 def main():
     parser = argparse.ArgumentParser(prog="python -m data.toy", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the four files to")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the files to")
     parser.add_argument("--seed", type=int, default=0, help="which world; another seed has other facts (default 0)")
     args = parser.parse_args()
     write_world(args.out, args.seed)

@@ -23,7 +23,7 @@ DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are a
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
-                                  "train_lm", "train_pm", "distill", "evaluate"])
+                                  "train_lm", "train_pm", "distill", "evaluate", "chat"])
 
 
 def _script(name, flags, env, folder, before):
