@@ -262,7 +262,7 @@ def report(args, data, examples, scores, without, how, ensemble):
     print("\n  |margin|              pairs   accuracy")
     for low, high, n, accuracy in figures["by_margin"]:
         print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    return figures, [{"where": data.where(i), "scores": truth.tolist(), how: score.tolist(), "no_context": free.tolist()}
+    return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "scores": truth.tolist(), how: score.tolist(), "no_context": free.tolist()}
                      for i, truth, score, free in zip(examples, truths, scores, without)]
 
 

@@ -7,6 +7,7 @@ from evals import code, pm, sandbox
 from evals.subject import samples
 
 READERS = {"humaneval": code.humaneval, "mbpp": code.mbpp, "quixbugs": code.quixbugs}
+LIMITS = {"humaneval": {}, "mbpp": {}, "quixbugs": {"timeout": 30.0, "memory": 2**31}}  # some of QuixBugs' right programs are slow and large
 
 
 def pass_rates(args, subject):
@@ -18,7 +19,7 @@ def pass_rates(args, subject):
     written = [[code.cut(text, how) for text in samples(subject, code.format_prompt(problem, how), args, stops=code.STOPS[how], number=number)]
                for number, problem in enumerate(tqdm(problems, desc="sampling", unit="problem", disable=None, leave=False))]
     sources = [code.program(problem, text) for problem, texts in zip(problems, written) for text in texts]
-    outcomes = sandbox.run_programs(sources, progress="running")
+    outcomes = sandbox.run_programs(sources, progress="running", **LIMITS[args.benchmark])
     rows = [outcomes[i * args.n:(i + 1) * args.n] for i in range(len(problems))]
     passed = np.array([sum(outcome.passed for outcome in row) for row in rows])
     each, ones = np.arange(len(problems)), np.ones(len(problems))
