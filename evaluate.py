@@ -79,6 +79,7 @@ def parse_args():
     own.add_argument("--games", metavar="FILE", help="a table of outcomes, csv or JSON lines: model_a, model_b, winner")
     own.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
     own.add_argument("--samples", nargs="+", metavar="FILE", help="for --judge: one file of each player, as `evaluate.py sample --out` writes it")
+    own.add_argument("--names", nargs="+", help="names of the players, in the order of --samples (default: their files' names)")
     own.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the bootstrap (default: %(default)s)")
     trainer.add_device_flags(own)
     return parser.parse_args()
@@ -190,8 +191,8 @@ def ratings(args):
 
 def judged_games(args):
     """Games between all --samples files (players, named by their files), one for each context and number of sample that two have."""
-    names = [Path(path).name.split(".jsonl")[0] for path in args.samples]
-    if len(set(names)) < max(2, len(names)):
+    names = args.names or [Path(path).name.split(".jsonl")[0] for path in args.samples]
+    if len(set(names)) < max(2, len(args.samples)):
         raise InputError(f"--samples needs at least two files, each with a name of its own, found {', '.join(names)}")
     rewards, _ = reward_function(args.judge, args)
     texts = [{(r["context"], k): text for r in choices.comparisons(path) for k, text in enumerate(r["completions"])} for path in args.samples]

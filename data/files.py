@@ -47,10 +47,10 @@ def find_files(paths, more=()):
 
 def open_bytes(path):
     """Open a plain, .gz, .xz, .bz2 or .zst file for reading bytes, decompressed as a stream."""
-    return _unpacker(path, open)(path, "rb")
+    return unpacker(path, open)(path, "rb")
 
 
-def _unpacker(path, otherwise):
+def unpacker(path, otherwise):
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zst}.get(Path(path).suffix, otherwise)
 
 
@@ -102,7 +102,7 @@ def read_lines(path, progress=None):
     """
     number = 0
     try:
-        with open(path, "rb") as disk, _unpacker(path, lambda file, mode: file)(disk, "rb") as file:
+        with open(path, "rb") as disk, unpacker(path, lambda file, mode: file)(disk, "rb") as file:
             done = 0
             for number, line in enumerate(file, 1):
                 if progress is not None:

@@ -1,0 +1,515 @@
+"""Every claim of the paper is one command: runs the scripts it needs, compares, draws, and reports what came out.
+
+  python lab.py toy                                       all claims on the embedded toy world, on a CPU
+  python lab.py toy prompt-helps ranked-beats-imitation   some of them
+  python lab.py small --data DIR                          real data, small models, hours on a CPU
+  python lab.py toy --dry_run                             what would be run
+
+Runs are kept under OUT/runs by their flags, data and code: finished ones are reused, interrupted ones go on. The report is
+OUT/SCALE/report.html and report.md. A verdict is *holds*, *does not hold* or *cannot tell*, from a 95 % interval over test groups
+and seeds. Exit code 1 if a claim's runs failed.
+
+Claims:
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import trainer
+from data import toy, toy_sources
+from data.errors import InputError, run_main
+from data.files import write_file
+from evals import pm
+from report import write_report
+from runner import Run, execute, needed
+
+
+@dataclass
+class Finding:
+    """One comparison: what, the difference with its 95 % interval, in `unit`, and what that says."""
+    what: str
+    effect: float
+    low: float
+    high: float
+    verdict: str
+    unit: str = "points"
+
+
+class Lab:
+    """The runs of a scale, each declared by the flags it needs and executed later."""
+
+    def __init__(self, args):
+        self.folder, self.seeds, self.sizes = Path(args.out) / "runs", range(args.seeds), args.sizes
+        self.size = self.sizes[-1]
+        self.toy = toy.toy_folder()
+
+    def run(self, script, *flags, seconds):
+        return Run(self.folder, script, *flags, seconds=seconds)
+
+    def file(self, name, records):
+        """A data file of the lab's own."""
+        path = self.folder.parent / "data" / name
+        write_file(path, "".join(json.dumps(r) + "\n" for r in records))
+        return path
+
+    def lm(self, size, seed):
+        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.toy / "lm.jsonl", seconds=120 if size != "test" else 45)
+
+    def pm(self, init, seed, *flags, data="ranked.jsonl", seconds=40):
+        """A preference model or an imitation. All arms of all claims learn at the paper's PMP rate, a tenth of the language model's: at
+        a hundredth, its finetuning rate, a few hundred small steps teach nothing."""
+        path = data if isinstance(data, (Path, Run)) else self.toy / data
+        return self.run("train_pm.py", "--init", init, "--seed", seed, "--data", path, "--lr", self.rate(init), "--held_out", 0.3, *flags, seconds=seconds)
+
+    def rate(self, init):
+        """A tenth of the rate of the language model that `init` comes from."""
+        while "--size" not in init.flags:
+            init = init.flags[init.flags.index("--init") + 1]
+        return f"{3e-4 * (128 / trainer.SIZES[init.flags[init.flags.index('--size') + 1]][1]) ** 0.5:.3g}"
+
+    def distilled(self, seed):
+        return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, "--prompt", self.toy / "prompt.txt",
+                        "--data", self.toy / "lm.jsonl", "--dialogue", self.toy / "dialogue.jsonl", seconds=50)
+
+    def finetuned_on(self, name, seed):
+        """The language model finetuned on one short text, thirty steps."""
+        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", self.toy / name, "--ctx", 64, "--batch", 512, "--steps", 30,
+                        "--lr", self.rate(self.lm(self.size, seed)), "--schedule", "linear", seconds=8)
+
+    def evaluate(self, benchmark, model, *flags, prompted=False, seconds=8):
+        return self.run(f"evaluate.py", benchmark, "--model", model, *(("--prompt", self.toy / "prompt.txt") if prompted else ()), *flags, seconds=seconds)
+
+    def hhh(self, model, prompted=False):
+        return self.evaluate("hhh", model, "--data", self.toy / "hhh.jsonl", prompted=prompted)
+
+    def accuracy(self, model, data="ranked.jsonl", *flags):
+        return self.evaluate("pm", model, "--data", self.toy / data, "--split", "auto", *flags)
+
+    def by_seed(self, make):
+        return [make(seed) for seed in self.seeds]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From items to findings
+
+
+def hits(run, rule, category=None):
+    """{item: (1 where the best-scored choice is the right one, group)} of a multiple-choice run."""
+    right = lambda item: float(np.argmax(item[rule]) == np.argmax(item["scores"]))
+    return {item["item"]: (right(item), item["group"]) for item in run.items() if category in (None, item.get("category"))}
+
+
+def pairs_right(run, key=None):
+    """{comparison: (share of its pairs ranked right, group)} of an `evaluate.py pm` run."""
+    values = {}
+    for item in run.items():
+        margin, weight, _ = pm.margins([np.array(item["scores"])], [np.array(item[key or run.figures["score"]])])
+        values[item["where"]] = (float((weight * pm.right(margin)).sum()), item["group"])
+    return values
+
+
+def difference(first, second, scale=100.0):
+    """(effect, low, high): second minus first, each a list over seeds of {item: (value, group)}. The 95 % interval has the variance
+    over test groups (of differences averaged over seeds) plus that over seeds."""
+    items = sorted(set.intersection(*(set(x) for x in [*first, *second])))
+    if not items:
+        raise InputError("no item is common to the runs that a claim compares")
+    d = scale * np.array([[b[i][0] - a[i][0] for i in items] for a, b in zip(first, second)])
+    groups = np.array([str(first[0][i][1]) for i in items])
+    effect, error = pm.mean_and_error(d.mean(0), np.ones(len(items)), groups)
+    spread = d.mean(1).var(ddof=1) / len(d) if len(d) > 1 else 0.0
+    half = 1.96 * math.sqrt((0 if math.isnan(error) else error**2) + spread)
+    return effect, effect - half, effect + half
+
+
+def over_seeds(values, scale=1.0):
+    """(mean, low, high) of one number a seed; the 95 % interval is Student's."""
+    values = scale * np.array(values, float)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.2)
+    half = t * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def above(what, effect, low, high, unit="points"):
+    """A Finding on the claim that the effect is above 0."""
+    return Finding(what, effect, low, high, "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell", unit)
+
+
+def equal(what, effect, low, high, within=3.0):
+    """A Finding on the claim that the effect is 0 within some points."""
+    outside = low > within or high < -within
+    return Finding(what, effect, low, high, "holds" if -within < low and high < within else "does not hold" if outside else "cannot tell")
+
+
+def mean_of(runs, key):
+    """(mean, standard deviation) over seeds of a figure, in %."""
+    values = 100 * np.array([run.figures[key] for run in runs])
+    return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+
+
+def bars(named, label):
+    """A function that draws named groups of (mean, sd) as bars: {series: {group: (mean, sd)}}."""
+    def draw(ax):
+        width = 0.8 / len(named)
+        for n, (series, values) in enumerate(named.items()):
+            x = np.arange(len(values)) + n * width - 0.4 + width / 2
+            mean, sd = zip(*values.values())
+            ax.bar(x, mean, width * 0.95, yerr=sd, capsize=3, label=series, color=str(0.25 + 0.55 * n / max(1, len(named) - 1)), edgecolor="black",
+                   hatch=("", "//", "..", "xx", "\\\\")[n % 5])
+        ax.set_xticks(np.arange(len(values)), list(values))
+        ax.set_ylabel(label)
+        ax.legend(frameon=False)
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The claims. Each yields the runs it needs and, when they are done, returns (findings, the first being the claim's own; a function
+# that draws its figure). The first line of its docstring: the paper's section, and what it says.
+
+
+def prompt_helps(lab):
+    """Section 2.2: a prompt of helpful, honest and harmless conversations improves a language model's choice of answers."""
+    plain = {size: lab.by_seed(lambda s: lab.hhh(lab.lm(size, s))) for size in lab.sizes}
+    prompted = {size: lab.by_seed(lambda s: lab.hhh(lab.lm(size, s), prompted=True)) for size in lab.sizes}
+    yield plain, prompted
+    by = lambda size, rule: difference(*([hits(run, rule) for run in runs[size]] for runs in (plain, prompted)))
+    findings = [above(f"{size}, by {name}", *by(size, rule)) for size in reversed(lab.sizes) for rule, name in
+                (("mean", "mean log-prob"), ("mi", "mutual information"))]
+    return findings, bars({name: {size: mean_of(runs[size], "accuracy_mean") for size in lab.sizes} for name, runs in (("plain", plain), ("prompted", prompted))},
+                          "HHH accuracy by mean log-prob, %")
+
+
+def distilled_equals_prompted(lab):
+    """Section 2.3: a model distilled from its prompted self does about as well without the prompt; finetuning on the prompt's text does less."""
+    arms = {"plain": lab.by_seed(lambda s: lab.hhh(lab.lm(lab.size, s))), "prompted": lab.by_seed(lambda s: lab.hhh(lab.lm(lab.size, s), prompted=True)),
+            "distilled": lab.by_seed(lambda s: lab.hhh(lab.distilled(s))), "finetuned on it": lab.by_seed(lambda s: lab.hhh(lab.finetuned_on("prompt.txt", s)))}
+    yield arms
+    values = {name: [hits(run, "mean") for run in runs] for name, runs in arms.items()}
+    findings = [equal("distilled minus prompted", *difference(values["prompted"], values["distilled"])),
+                above("distilled minus plain", *difference(values["plain"], values["distilled"])),
+                above("distilled minus finetuned on the prompt", *difference(values["finetuned on it"], values["distilled"]))]
+    return findings, bars({"HHH": {name: mean_of(runs, "accuracy_mean") for name, runs in arms.items()}}, "HHH accuracy by mean log-prob, %")
+
+
+def alignment_tax(lab):
+    """Section 2.2: behind the prompt small models lose some accuracy at telling a text's last word; large ones do not."""
+    make = lambda prompted: {size: lab.by_seed(lambda s: lab.evaluate("lambada", lab.lm(size, s), "--data", lab.toy / "lambada.jsonl", prompted=prompted)) for size in lab.sizes}
+    plain, prompted = make(False), make(True)
+    yield plain, prompted
+    values = lambda runs: [{item["item"]: (item["right"], item["group"]) for item in run.items()} for run in runs]
+    findings = [above(f"{size}: accuracy lost behind the prompt", *difference(values(prompted[size]), values(plain[size]))) for size in lab.sizes]
+    return findings, bars({name: {size: mean_of(runs[size], "accuracy") for size in lab.sizes} for name, runs in (("plain", plain), ("prompted", prompted))},
+                          "last words told right, %")
+
+
+def prior_not_finetuning(lab):
+    """Section 2.3: having read 1 … 63 a model goes on with 64; finetuned on 1 … 63 it expects them again, from 1."""
+    ways = [" 64, 65, 66, 67", "1, 2, 3, 4"]
+    asked = {name: lab.file(f"count-{name}.jsonl", [{"context": context, "completions": completions, "scores": [1, 0], "group": "count"}]) for name, context, completions in
+             (("prompted", toy.count_from(1, 63) + ",", [ways[0], " " + ways[1]]), ("finetuned", "", [ways[0].strip(), ways[1]]))}
+    prompted = lab.by_seed(lambda s: lab.evaluate("choice", lab.lm(lab.size, s), "--data", asked["prompted"], "--ctx", 400))
+    finetuned = lab.by_seed(lambda s: lab.evaluate("choice", lab.finetuned_on("count.txt", s), "--data", asked["finetuned"]))
+    yield prompted, finetuned
+    margins = lambda runs: [np.subtract(*run.items()[0]["sum"]) for run in runs]
+    findings = [above("log P(64 …) - log P(1 …): prompted minus finetuned", *over_seeds(np.subtract(margins(prompted), margins(finetuned))), unit="nats"),
+                above("prompted: log P(64 …) - log P(1 …)", *over_seeds(margins(prompted)), unit="nats"),
+                above("finetuned: log P(1 …) - log P(64 …)", *over_seeds(-np.array(margins(finetuned))), unit="nats")]
+    spread = lambda values: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0)
+    return findings, bars({"margin": {"prompted with 1 … 63": spread(margins(prompted)), "finetuned on 1 … 63": spread(margins(finetuned))}},
+                          "log P(64, 65, …) - log P(1, 2, …), nats")
+
+
+def against_imitation(lab, data, sizes):
+    """Runs of ranked preference models and of imitation on a toy file, by size: (ranked, imitation)."""
+    make = lambda *flags: {size: lab.by_seed(lambda s: lab.accuracy(lab.pm(lab.lm(size, s), s, *flags, data=data), data)) for size in sizes}
+    return make(), make("--objective", "imitation")
+
+
+def imitation_findings(make_finding, ranked, imitation, label):
+    values = lambda runs: [pairs_right(run) for run in runs]
+    findings = [make_finding(f"{size}: preference model minus imitation", *difference(values(imitation[size]), values(ranked[size]))) for size in reversed(list(ranked))]
+    figure = {name: {size: mean_of(runs[size], "accuracy") for size in runs} for name, runs in (("imitation", imitation), ("preference model", ranked))}
+    rulers = {name: {size: mean_of(ranked[size], name) for size in ranked} for name in ("no_context", "longer_wins")}
+    return findings, bars(figure | {name.replace("_", " "): values for name, values in rulers.items()}, label)
+
+
+def ranked_beats_imitation(lab):
+    """Section 3.2: on ranked data a preference model beats imitation by far, and scales better."""
+    runs = against_imitation(lab, "ranked.jsonl", lab.sizes)
+    yield runs
+    return imitation_findings(above, *runs, "accuracy on held-out ranked comparisons, %")
+
+
+def binary_equals_imitation(lab):
+    """Section 3.3: on binary data a preference model does about as well as imitation."""
+    runs = against_imitation(lab, "binary.jsonl", [lab.size])
+    yield runs
+    return imitation_findings(equal, *runs, "accuracy on held-out binary comparisons, %")
+
+
+SOURCES = ("stackexchange", "reddit", "wikipedia")
+
+
+def pre_trained(lab, seed, *flags, sources=SOURCES):
+    """A preference model pre-trained on public-like data, one epoch (Section 4)."""
+    files = [toy_sources.prepared(name) for name in sources]
+    init = lab.lm(lab.size, seed)
+    lm_weight = () if "--lm_weight" in flags else ("--lm_weight", 1)
+    return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", *files, "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05, *lm_weight, *flags,
+                   seconds=90 * len(sources) / 3)
+
+
+def finetuned(lab, init, seed, n, *flags):
+    """Held-out accuracy after finetuning on n comparisons."""
+    return lab.accuracy(lab.pm(init, seed, "--pairs", n, *flags, seconds=10 + n / 100))
+
+
+def transfer(lab, first, second, n=500, flags=((), ())):
+    """Runs finetuned on n comparisons from two kinds of pre-trained model, functions of the seed, and then (findings' values, figure)."""
+    return [lab.by_seed(lambda s: finetuned(lab, make(s), s, n, *own)) for make, own in zip((first, second), flags)]
+
+
+def transfer_findings(what, arms, n=500):
+    first, second = ([pairs_right(run) for run in runs] for runs in arms.values())
+    figure = bars({"": {name: mean_of(runs, "accuracy") for name, runs in arms.items()}}, f"held-out accuracy after {n} comparisons, %")
+    return [above(what, *difference(first, second))], figure
+
+
+def pmp_sample_efficiency(lab):
+    """Section 4.2: preference-model pre-training raises accuracy at 500 and 5,000 comparisons."""
+    amounts = (500, 5000)
+    arms = {"none": {n: lab.by_seed(lambda s: finetuned(lab, lab.lm(lab.size, s), s, n)) for n in amounts},
+            "Mix": {n: lab.by_seed(lambda s: finetuned(lab, pre_trained(lab, s, "--binarise"), s, n)) for n in amounts}}
+    yield arms
+    values = {name: {n: [pairs_right(run) for run in arm[n]] for n in amounts} for name, arm in arms.items()}
+    findings = [above(f"at {n:,} comparisons: with minus without", *difference(values["none"][n], values["Mix"][n])) for n in amounts]
+    return findings, bars({f"pre-training: {name}": {f"{n:,}": mean_of(arm[n], "accuracy") for n in amounts} for name, arm in arms.items()},
+                          "held-out accuracy after so many comparisons, %")
+
+
+def pmp_by_source(lab):
+    """Section 4.2: each source helps at 500 comparisons, and their Mix is about as good as any."""
+    arms = {"none": lab.by_seed(lambda s: finetuned(lab, lab.lm(lab.size, s), s, 500))}
+    arms |= {name: lab.by_seed(lambda s: finetuned(lab, pre_trained(lab, s, "--binarise", sources=(name,)), s, 500)) for name in SOURCES}
+    arms["Mix"] = lab.by_seed(lambda s: finetuned(lab, pre_trained(lab, s, "--binarise"), s, 500))
+    yield arms
+    values = {name: [pairs_right(run) for run in runs] for name, runs in arms.items()}
+    return ([above(f"{name} minus none", *difference(values["none"], values[name])) for name in ("Mix", *SOURCES)],
+            bars({"": {name: mean_of(runs, "accuracy") for name, runs in arms.items()}}, "held-out accuracy after 500 comparisons, %"))
+
+
+def binary_pmp_transfers_better(lab):
+    """Section 4.3: binarised pre-training transfers better than ranked."""
+    arms = dict(zip(("ranked", "binarised"), transfer(lab, lambda s: pre_trained(lab, s), lambda s: pre_trained(lab, s, "--binarise"))))
+    yield arms
+    return transfer_findings("binarised minus ranked pre-training, at 500 comparisons", arms)
+
+
+def lm_loss_helps_pmp(lab):
+    """Appendix: the language-model loss on the good side in pre-training improves transfer."""
+    arms = dict(zip(("without", "with LM loss"), transfer(lab, lambda s: pre_trained(lab, s, "--binarise", "--lm_weight", 0), lambda s: pre_trained(lab, s, "--binarise"))))
+    yield arms
+    return transfer_findings("with minus without LM loss in pre-training, at 500 comparisons", arms)
+
+
+def end_of_context_helps(lab):
+    """Section 4.1: an end-of-context token, where the reward is read, improves preference models."""
+    arms = dict(zip(("last token", "<eoc>"), transfer(lab, lambda s: pre_trained(lab, s, "--binarise", "--no_eoc"), lambda s: pre_trained(lab, s, "--binarise"),
+                                                      flags=(("--no_eoc",), ()))))
+    yield arms
+    return transfer_findings("read at <eoc> minus read at the last token, at 500 comparisons", arms)
+
+
+def human_vs_model_pairs(lab):
+    """Section 4.4: pre-training on human against model-written text transfers better than human against human."""
+    source = toy_sources.prepared("stackexchange")
+
+    def model_written(seed):
+        imitation = lab.pm(lab.lm(lab.size, seed), seed, "--objective", "imitation", data=source)
+        return lab.run("-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", 2500, "--max_new", 40, "--seed", seed, seconds=90)
+
+    def on_model_written(seed):
+        init = lab.lm(lab.size, seed)
+        return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", model_written(seed), "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05,
+                       "--lm_weight", 1, "--binarise", seconds=30)
+    arms = dict(zip(("human-human", "human-model"), transfer(lab, lambda s: pre_trained(lab, s, "--binarise", "--pairs", 2500, sources=SOURCES[:1]), on_model_written)))
+    yield arms
+    return transfer_findings("human against model minus human against human, 2,500 each, at 500 comparisons", arms)
+
+
+def accuracy_at_k(lab):
+    """Section 3.3: the best of k samples by a preference model's score is right more often, with k, than by imitation's log-prob."""
+    make = lambda *flags: lab.by_seed(lambda s: lab.evaluate("rerank", lab.pm(lab.lm(lab.size, s), s, *flags, data="binary.jsonl"), "--data", lab.toy / "samples.jsonl"))
+    ranked, imitation = make(), make("--objective", "imitation")
+    yield ranked, imitation
+    ks = (1, 2, 4, 8, 16)
+    at = lambda runs, k, name: [run.figures[f"accuracy@{k}_{name}"] for run in runs]
+    effect = over_seeds(np.subtract(at(ranked, 16, "reward"), at(imitation, 16, "mean_log-prob")), 100)
+    gain = over_seeds(np.subtract(at(ranked, 16, "reward"), at(ranked, 1, "reward")), 100)
+
+    def draw(ax):
+        for runs, name, style in ((ranked, "reward", "o-"), (imitation, "mean_log-prob", "s--"), (ranked, "chance", "k:"), (ranked, "best_possible", "k-.")):
+            mean = [100 * np.mean(at(runs, k, name)) for k in ks]
+            ax.errorbar(ks, mean, [100 * np.std(at(runs, k, name)) for k in ks], fmt=style, color="black", capsize=3,
+                        label={"reward": "preference model", "mean_log-prob": "imitation"}.get(name, name.replace("_", " ")))
+        ax.set(xscale="log", xlabel="k, samples to choose from", ylabel="accuracy@k, %")
+        ax.set_xticks(ks, ks)
+        ax.legend(frameon=False)
+    return [above("accuracy@16: preference model minus imitation", *effect), above("preference model: accuracy@16 minus accuracy@1", *gain)], draw
+
+
+def ensembles(lab):
+    """Appendix: ensembles of preference models give small gains."""
+    members = lab.by_seed(lambda s: lab.pm(lab.lm(lab.size, s), s))
+    runs = [lab.accuracy(members[s], "ranked.jsonl", "--ensemble", *(m for m in members if m is not members[s])) for s in lab.seeds]
+    yield runs
+    n = len(members)
+    alone, names = [run.figures["accuracy"] for run in runs], (f"mean_of_{n}", f"least_of_{n}")
+    findings = [above(f"{name.replace('_', ' ')} minus one", *over_seeds([run.figures[name] - np.mean(alone) for run in runs[:1]] * 2 if n < 2 else
+                                                                        [runs[0].figures[name] - a for a in alone], 100)) for name in names]
+    return findings, bars({"": {"one": mean_of(runs, "accuracy"), **{name.replace("_", " "): (100 * runs[0].figures[name], 0) for name in names}}}, "held-out accuracy, %")
+
+
+def toxicity_falls(lab):
+    """Section 2.2: the prompt, and distilling it, lower the toxicity of what the model writes."""
+    def toxic(model, seed, prompted=False):
+        scorer = lab.pm(lab.lm(lab.size, seed), seed, "--objective", "binary", data="manners.jsonl", seconds=20)
+        return lab.evaluate("toxicity", model, "--data", lab.toy / "hhh.jsonl", "--prompts", 150, "--n", 4, "--max_new", 40, "--scorer", scorer, "--seed", seed,
+                            prompted=prompted, seconds=40)
+    arms = {"plain": lab.by_seed(lambda s: toxic(lab.lm(lab.size, s), s)), "prompted": lab.by_seed(lambda s: toxic(lab.lm(lab.size, s), s, True)),
+            "distilled": lab.by_seed(lambda s: toxic(lab.distilled(s), s))}
+    yield arms
+    values = {name: [{item["prompt"]: (np.mean(item["toxicity"]), item["prompt"]) for item in run.items()} for run in runs] for name, runs in arms.items()}
+    return ([above(f"plain minus {name}", *difference(values[name], values["plain"])) for name in ("prompted", "distilled")],
+            bars({"": {name: mean_of(runs, "mean") for name, runs in arms.items()}}, "mean toxicity (probability of rudeness), %"))
+
+
+def elo_ranks(lab):
+    """Section 2.2: judged in games, prompted and distilled models are rated above the plain one."""
+    def games(seed):
+        judge = lab.pm(lab.lm(lab.size, seed), seed)
+        draw = lambda model, prompted=False: lab.evaluate("sample", model, "--data", lab.toy / "hhh.jsonl", "--contexts", 300, "--max_new", 40, "--temperature", 1, "--seed", seed,
+                                                          prompted=prompted, seconds=40)
+        players = {"plain": draw(lab.lm(lab.size, seed)), "prompted": draw(lab.lm(lab.size, seed), True), "distilled": draw(lab.distilled(seed))}
+        return players, lab.run("evaluate.py", "elo", "--judge", judge, "--names", *players, "--samples", *players.values(), seconds=10)
+    runs = [run for _, run in lab.by_seed(games)]
+    yield runs
+    elo = {name: [run.figures["players"][name]["elo"] for run in runs] for name in ("plain", "prompted", "distilled")}
+    spread = lambda values: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0)
+    return ([above(f"{name} minus plain", *over_seeds(np.subtract(elo[name], elo["plain"])), unit="Elo") for name in ("prompted", "distilled")],
+            bars({"": {name: spread(values) for name, values in elo.items()}}, "Elo, judged by a preference model"))
+
+
+def truthfulqa_needs_mutual_information(lab):
+    """Section 2.2: on questions with popular falsehoods mutual information is a better score than the raw log-prob."""
+    runs = {size: lab.by_seed(lambda s: lab.hhh(lab.lm(size, s))) for size in lab.sizes}
+    yield runs
+    rules = {"sum": "sum log-prob", "mean": "mean log-prob", "mi": "mutual information"}
+    values = {(size, rule): [hits(run, rule, "honest") for run in runs[size]] for size in lab.sizes for rule in rules}
+    findings = [above(f"{size}, honest items: mutual information minus sum", *difference(values[size, "sum"], values[size, "mi"])) for size in reversed(lab.sizes)]
+    return findings, bars({name: {size: mean_of(runs[size], f"accuracy_{rule}_honest") for size in lab.sizes} for rule, name in rules.items()}, "honest items, accuracy, %")
+
+
+def scaling(lab):
+    """Sections 2 to 4: larger models are better language models and better preference models."""
+    models = {size: lab.by_seed(lambda s: lab.lm(size, s)) for size in lab.sizes}
+    ranked, _ = against_imitation(lab, "ranked.jsonl", lab.sizes)
+    yield models, ranked
+    small, large = lab.sizes[0], lab.sizes[-1]
+    findings = [above(f"preference model: {large} minus {small}", *difference(*([pairs_right(run) for run in ranked[size]] for size in (small, large)))),
+                above(f"language model's loss: {small} minus {large}", *over_seeds([a.figures["loss"] - b.figures["loss"] for a, b in zip(models[small], models[large])]),
+                      unit="nats a token")]
+
+    def draw(ax):
+        n = [12 * trainer.SIZES[size][0] * trainer.SIZES[size][1] ** 2 for size in lab.sizes]
+        mean, sd = zip(*(mean_of(ranked[size], "accuracy") for size in lab.sizes))
+        ax.errorbar(n, mean, sd, fmt="o-", color="black", capsize=3, label="preference model, accuracy")
+        ax.set(xscale="log", xlabel="12 n_layer d_model², parameters", ylabel="held-out accuracy, %")
+        other = ax.twinx()
+        other.errorbar(n, [np.mean([run.figures["loss"] for run in models[size]]) for size in lab.sizes], fmt="s--", color="0.5", label="language model, loss")
+        other.set_ylabel("held-out loss, nats a token")
+        ax.legend(handles=[*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]], frameon=False, loc="center right")
+    return findings, draw
+
+
+CLAIMS = {f.__name__.replace("_", "-"): f for f in (
+    prompt_helps, distilled_equals_prompted, ranked_beats_imitation, binary_equals_imitation, pmp_sample_efficiency,  # the core
+    alignment_tax, prior_not_finetuning, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
+    accuracy_at_k, ensembles, toxicity_falls, elo_ranks, truthfulqa_needs_mutual_information, scaling)}
+CORE = list(CLAIMS)[:5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    shown = __doc__ + "\n".join(f"  {name:<38}{f.__doc__.splitlines()[0]}" for name, f in CLAIMS.items())
+    parser = argparse.ArgumentParser(description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scale", choices=("toy",), help="toy: the embedded world, 0.1M and 0.8M parameters")
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
+    parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
+    parser.add_argument("--seeds", type=trainer.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", choices=trainer.SIZES, default=["test", "0.8m"], help="model sizes, the main one last (default: test 0.8m)")
+    parser.add_argument("--jobs", type=trainer.positive(int), help="runs at a time (default: one for each GPU or core)")
+    parser.add_argument("--launch", default="", metavar="COMMAND", help='how to start a script, such as "torchrun --nproc_per_node 8", or a template such as "srun --gpus 1 {command}"')
+    parser.add_argument("--dry_run", action="store_true", help="list the runs with their estimated time, and run nothing")
+    args = parser.parse_args()
+    args.claims = [name for claim in args.claims or CLAIMS for name in (CORE if claim == "core" else [claim])]
+    unknown = [name for name in args.claims if name not in CLAIMS]
+    if unknown:
+        raise InputError(f"no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}, and core for the first five")
+    return args
+
+
+def main():
+    args = parse_args()
+    lab, gpus = Lab(args), torch.cuda.device_count()
+    claims = {name: CLAIMS[name](lab) for name in args.claims}
+    runs = {name: list(all_runs(next(claim))) for name, claim in claims.items()}
+    todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
+    jobs = args.jobs or gpus or os.cpu_count()
+    print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
+          f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes on two cores", flush=True)
+    if args.dry_run:
+        for run in needed(itertools.chain(*runs.values())):
+            print(f"  {'done' if run.done else f'{run.seconds:3.0f} s'}  python {' '.join(run.command())}")
+        return
+    failed = execute(itertools.chain(*runs.values()), jobs, args.launch, gpus)
+    results = {}
+    for name, claim in claims.items():
+        bad = [run for run in needed(runs[name]) if run.key in failed]
+        results[name] = (None, failed[bad[0].key]) if bad else concluded(claim)
+    folder = Path(args.out) / args.scale
+    write_report(folder, args, {name: (CLAIMS[name].__doc__.splitlines()[0], *results[name]) for name in results})
+    if any(findings is None for findings, _ in results.values()):
+        sys.exit(1)
+
+
+def all_runs(nest):
+    """The runs in nested lists, tuples and dicts."""
+    if isinstance(nest, Run):
+        yield nest
+    else:
+        for part in nest.values() if isinstance(nest, dict) else nest:
+            yield from all_runs(part)
+
+
+def concluded(claim):
+    """(findings, draw) of a claim whose runs are done."""
+    try:
+        next(claim)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a claim yields once")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,192 @@
+"""Runs that lab.py needs: each is one command of this project, kept under a name made of its flags, its data and its code.
+
+A finished run is reused, an interrupted training is resumed, a failed one fails what depends on it and nothing else.
+"""
+import ast
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.files import file_digest, write_file
+
+ROOT = Path(__file__).parent
+FAR_MORE = 60.0  # seconds that a run is taken to need before any like it has been timed
+
+
+class Run:
+    """One command: a script (or module, "-m data.prepare") and its flags; a flag may be another Run, whose output stands there, or
+    a Path, whose content counts and not its place.
+
+    out: what the run makes, a checkpoint folder for training scripts, a file for the others, passed as --out.
+    """
+
+    def __init__(self, folder, script, *flags, seconds=FAR_MORE):
+        self.script, self.flags, self.seconds = script, flags, seconds
+        self.needs = [flag for flag in flags if isinstance(flag, Run)]
+        parts = [flag.key if isinstance(flag, Run) else file_digest(flag).hex() if isinstance(flag, Path) and flag.is_file() else str(flag) for flag in flags]
+        self.key = hashlib.sha256(json.dumps([script, parts, code_version(script)]).encode()).hexdigest()[:16]
+        self.folder = Path(folder) / self.key
+        self.trains = script.startswith(("train_", "distill"))
+        self.out = self.folder / ("out" if self.trains else "items.jsonl")
+
+    def command(self):
+        """The words after "python", to be run from this project's folder."""
+        shown = [str(flag.out) if isinstance(flag, Run) else str(flag) for flag in self.flags]
+        return [*self.script.split(), *shown, "--out", str(self.out)]
+
+    @property
+    def done(self):
+        return (self.folder / "done.json").exists()
+
+    @property
+    def figures(self):
+        """The last line's JSON of an evaluation; the last held-out figures of a training."""
+        return json.loads((self.folder / "done.json").read_text())["figures"]
+
+    def items(self):
+        """An evaluation's records, one for each item."""
+        return [json.loads(line) for line in self.out.read_text().splitlines()]
+
+    def execute(self, launch, environment):
+        """Run it to its end, unless it is done. Raises RuntimeError with the last line it said where it fails."""
+        if self.done:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = self.command() + ["--resume"] * (self.trains and (self.out / "metrics.jsonl").exists())
+        start = time.monotonic()
+        with open(self.folder / "log.txt", "a") as log:
+            done = subprocess.run(launched(command, launch), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+                                  stdin=subprocess.DEVNULL)
+            log.write(done.stdout)
+        stopped = done.returncode == 0 and "stopped after step" in done.stdout
+        if done.returncode or stopped:
+            last = [line for line in (self.folder / "log.txt").read_text().splitlines() if line.strip()][-1:] or ["it said nothing"]
+            raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {done.returncode}'}: {last[0][:300]}")
+        figures = json.loads((self.out / "meta.json").read_text())["metrics"] if self.trains else last_json(done.stdout)
+        write_file(self.folder / "done.json", json.dumps({"figures": figures, "seconds": time.monotonic() - start, "command": command}))
+
+
+def last_json(text):
+    """The figures that evaluations print last; None of a command that prints none."""
+    line = (text.strip().splitlines() or [""])[-1]
+    return json.loads(line) if line.startswith("{") else None
+
+
+def launched(command, launch):
+    """The words to execute: python's own, or `launch`, a prefix such as "torchrun --nproc_per_node 8" for the scripts, or a template
+    with {command}, such as 'srun --gpus 1 {command}'."""
+    python = [sys.executable, *command]
+    if launch and "{command}" in launch:
+        return ["sh", "-c", launch.replace("{command}", shlex.join(python))]
+    return [*shlex.split(launch), *command] if launch and command[0].endswith(".py") else python
+
+
+def code_version(script):
+    """A digest of the script's source and of all files of this project that it imports, directly or not."""
+    path = ROOT / (script.split()[1].replace(".", "/") + ".py" if script.startswith("-m ") else script)
+    if path not in _versions:
+        _versions[path] = hashlib.sha256("".join(_source(p) for p in sorted(imported(path))).encode()).hexdigest()
+    return _versions[path]
+
+
+_versions = {}
+
+
+def imported(path, seen=None):
+    """All files of this project that `path` needs, itself among them."""
+    seen = set() if seen is None else seen
+    if path in seen or not path.exists():
+        return seen
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module] + [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            imported(ROOT / (name.replace(".", "/") + ".py"), seen)
+    return seen
+
+
+def _source(path):
+    """A file's code without its comments and docstrings: a better word in one of them must not repeat a day's runs."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
+            node.body = node.body[1:]
+    return f"{path.name}\n{ast.unparse(tree)}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Executing
+
+
+def needed(runs):
+    """All runs that `runs` need, themselves included, each after what it needs; equal ones once."""
+    order = {}
+
+    def visit(run):
+        for need in run.needs:
+            visit(need)
+        order.setdefault(run.key, run)
+    for run in runs:
+        visit(run)
+    return list(order.values())
+
+
+def execute(runs, jobs, launch="", gpus=0):
+    """Execute all runs, `jobs` at a time, each as soon as what it needs is done. Returns {key: why} of those that failed.
+
+    Each job has its share of the cores, or, where there are GPUs, one of them.
+    """
+    failed, running, slots = {}, {}, list(range(jobs))
+    todo = schedule([run for run in needed(runs) if not run.done])
+    total, begun, waiting = sum(run.seconds for run in todo), time.monotonic(), list(todo)
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+        while waiting or running:
+            for run in list(waiting):
+                bad = next((need for need in run.needs if need.key in failed), None)
+                if bad:
+                    failed[run.key] = f"needs {bad.script} {bad.key}, which failed"
+                    waiting.remove(run)
+                    bar.update()
+                elif slots and all(need.done for need in run.needs):
+                    slot = slots.pop(0)
+                    own = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+                    running[pool.submit(run.execute, launch, {**os.environ, **own})] = run, slot
+                    waiting.remove(run)
+            if not running:
+                continue
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                run, slot = running.pop(future)
+                slots.append(slot)
+                if future.exception():
+                    failed[run.key] = str(future.exception())
+                    tqdm.write(f"failed: {future.exception()}", file=sys.stderr)
+                left = sum(r.seconds for r in [*waiting, *(r for r, _ in running.values())])
+                rest = left * (time.monotonic() - begun) / max(1, total - left)
+                bar.set_postfix_str(f"about {rest / 60:.1f} min left")
+                bar.update()
+                if bar.disable:
+                    print(f"{time.monotonic() - begun:6.0f} s, about {rest / 60:.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
+    return failed
+
+
+def schedule(todo):
+    """Needs first; among those whose needs are met, the longest chain of work first."""
+    users = {run.key: [other for other in todo if any(need.key == run.key for need in other.needs)] for run in todo}
+    memo = {}
+
+    def ahead(run):
+        if run.key not in memo:
+            memo[run.key] = run.seconds + max((ahead(user) for user in users[run.key]), default=0)
+        return memo[run.key]
+    return sorted(todo, key=lambda run: -ahead(run))
+

@@ -1,0 +1,119 @@
+"""The lab: runs under names of their flags, data and code; failures that stay where they are; effects, verdicts, the report."""
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+import lab
+import runner
+from report import write_report
+from runner import Run, execute, needed
+
+GAMES = "model_a,model_b,winner\n" + "x,y,a\n" * 12 + "x,y,b\n" * 4 + "y,z,a\n" * 9 + "y,z,b\n" * 3
+
+
+@pytest.fixture
+def games(tmp_path):
+    path = tmp_path / "games.csv"
+    path.write_text(GAMES)
+    return path
+
+
+def test_a_runs_name_is_its_flags_its_data_and_its_code(tmp_path, games, monkeypatch):
+    make = lambda *flags: Run(tmp_path, "evaluate.py", "elo", "--games", *flags)
+    first, copy = make(games), tmp_path / "copy.csv"
+    copy.write_text(GAMES)
+    assert make(copy).key == first.key  # the content counts, not the place
+    copy.write_text(GAMES + "x,z,a\n")
+    assert len({first.key, make(copy).key, make(games, "--seed", 1).key}) == 3
+    trained = Run(tmp_path, "train_pm.py", "--init", first)
+    assert trained.key != Run(tmp_path, "train_pm.py", "--init", make(copy)).key and trained.needs == [first]
+    monkeypatch.setitem(runner._versions, ROOT / "evaluate.py", "other code")
+    assert make(games).key != first.key
+
+
+def test_what_a_script_imports_is_its_code_but_comments_are_not(tmp_path):
+    names = {path.name for path in runner.imported(ROOT / "train_lm.py")}
+    assert {"train_lm.py", "model.py", "trainer.py", "tokenizer.py"} <= names and not names & {"evaluate.py", "chat.py", "elo.py"}
+    script = tmp_path / "script.py"
+    script.write_text('"""One."""\nx = 1  # one\n')
+    before = runner._source(script)
+    script.write_text('"""Two,\nlonger."""\n\nx = 1\n')
+    assert runner._source(script) == before
+    script.write_text('"""One."""\nx = 2\n')
+    assert runner._source(script) != before
+
+
+def test_runs_are_done_once_and_a_failure_stays_where_it_is(tmp_path, games):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("model_a,model_b,winner\nx,x,a\n")
+    good, fails = (Run(tmp_path / "runs", "evaluate.py", "elo", "--games", path) for path in (games, bad))
+    follows = Run(tmp_path / "runs", "evaluate.py", "elo", "--games", fails)
+    assert [r.key for r in needed([follows, good, fails])] == [fails.key, follows.key, good.key]
+    failed = execute([follows, good], jobs=2)
+    assert set(failed) == {fails.key, follows.key} and "a game is between two models" in failed[fails.key] and "which failed" in failed[follows.key]
+    assert good.done and not fails.done and good.figures["games"] == 28 and len(good.items()) == 28
+    made = (good.folder / "done.json").stat().st_mtime_ns
+    bad.write_text(GAMES)
+    mended = Run(tmp_path / "runs", "evaluate.py", "elo", "--games", bad)
+    assert mended.key == good.key and execute([mended], jobs=1) == {} and (good.folder / "done.json").stat().st_mtime_ns == made
+
+
+def test_an_interrupted_training_is_resumed(tmp_path, lm, comparisons_file):
+    flags = ("--init", lm, "--data", comparisons_file, "--steps", 3, "--batch", 4)
+    make = lambda: Run(tmp_path / "runs", "train_pm.py", *flags)
+    begun = make()
+    begun.out.mkdir(parents=True)
+    (begun.out / "metrics.jsonl").write_text("")  # as a killed run leaves it before its first checkpoint; without --resume it is refused
+    assert execute([make()], jobs=1) == {} and begun.figures["comparisons"] > 0 and (begun.out / "model.safetensors").exists()
+
+
+def test_how_scripts_are_launched():
+    assert runner.launched(["train_lm.py", "--size", "test"], "torchrun --nproc_per_node 2") == ["torchrun", "--nproc_per_node", "2", "train_lm.py", "--size", "test"]
+    shell = runner.launched(["train_lm.py", "--data", "a b"], "srun --gpus 1 {command}")
+    assert shell[:2] == ["sh", "-c"] and shell[2].startswith("srun --gpus 1 ") and shell[2].endswith("train_lm.py --data 'a b'")
+
+
+def test_differences_are_paired_and_their_interval_has_groups_and_seeds():
+    rng = np.random.default_rng(0)
+    base = [{i: (float(rng.random() < 0.5), str(i // 4)) for i in range(400)} for _ in range(3)]
+    better = [{i: (min(1.0, value + (i % 10 == 0)), group) for i, (value, group) in seed.items()} for seed in base]
+    effect, low, high = lab.difference(base, better)
+    by_hand = 100 * np.mean([[better[s][i][0] - base[s][i][0] for i in base[s]] for s in range(3)])
+    assert effect == pytest.approx(by_hand) and low < effect < high and high - low < 12
+    wider = lab.difference(base, [better[0], base[1], {i: (0.0, g) for i, (_, g) in base[2].items()}])
+    assert wider[2] - wider[1] > 40  # seeds that disagree
+
+
+def test_verdicts():
+    assert [lab.above("", 2, low, high).verdict for low, high in ((1, 3), (-1, 5), (-4, -1))] == ["holds", "cannot tell", "does not hold"]
+    assert [lab.equal("", 0, low, high).verdict for low, high in ((-2, 2), (-4, 1), (4, 6), (-6, -4))] == ["holds", "cannot tell", "does not hold", "does not hold"]
+    assert lab.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+
+
+def test_the_report_is_one_file_and_tells_failures(tmp_path):
+    class args:
+        scale, seeds, sizes = "toy", 3, ["test"]
+    results = {"it-holds": ("It holds.", [lab.above("b minus a", 5.0, 2.0, 8.0)], lab.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %")),
+               "it-failed": ("It fails.", None, "train_pm.py: exit code 2: no <data>")}
+    write_report(tmp_path, args, results)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "data:image/png;base64," in page and "src='it" not in page and "no &lt;data&gt;" in page and "<script" not in page
+    assert "| it-holds | +5.0 (+2.0 to +8.0) points | *holds* | It holds. | `python lab.py toy it-holds` |" in text
+    assert "failed: train_pm.py: exit code 2" in text and (tmp_path / "it-holds.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]["findings"][0]["verdict"] == "holds"
+
+
+def test_unknown_claims_and_scales_are_told_what_there_is(tmp_path):
+    done = run("lab.py", "toy", "moon-is-cheese", "--out", tmp_path)
+    assert done.returncode == 2 and "no claim 'moon-is-cheese'; there are prompt-helps" in done.stderr and done.stderr.count("\n") == 1
+    done = run("lab.py", "enormous", "--out", tmp_path)
+    assert done.returncode == 2 and "'toy'" in done.stderr
+
+
+def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
+    text = run("lab.py", "-h").stdout
+    assert all(name in text and f.__doc__.startswith(("Section", "Appendix")) for name, f in lab.CLAIMS.items())
+    listed = run("lab.py", "toy", "prompt-helps", "--dry_run", "--out", tmp_path, "--seeds", 2).stdout
+    assert "12 runs, 12 of them still to do" in listed and listed.count("train_lm.py") == 4 and listed.count("--prompt") == 4
