@@ -62,22 +62,14 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = self.command() + ["--resume"] * (self.trains and (self.out / "metrics.jsonl").exists())
         start = time.monotonic()
-        with open(self.folder / "log.txt", "a") as log:
-            done = subprocess.run(launched(command, launch), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
-                                  stdin=subprocess.DEVNULL)
-            log.write(done.stdout)
-        stopped = done.returncode == 0 and "stopped after step" in done.stdout
-        if done.returncode or stopped:
-            last = [line for line in (self.folder / "log.txt").read_text().splitlines() if line.strip()][-1:] or ["it said nothing"]
-            raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {done.returncode}'}: {last[0][:300]}")
-        figures = json.loads((self.out / "meta.json").read_text())["metrics"] if self.trains else last_json(done.stdout)
+        with open(self.folder / "log.txt", "w") as log:
+            code = subprocess.run(launched(command, launch), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL).returncode
+        said = (self.folder / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
+        stopped = self.trains and said[-1].startswith("stopped after step")
+        if code or stopped:
+            raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {code}'}: {said[-1][:300]}")
+        figures = json.loads((self.out / "meta.json").read_text())["metrics"] if self.trains else json.loads(said[-1]) if said[-1].startswith("{") else None
         write_file(self.folder / "done.json", json.dumps({"figures": figures, "seconds": time.monotonic() - start, "command": command}))
-
-
-def last_json(text):
-    """The figures that evaluations print last; None of a command that prints none."""
-    line = (text.strip().splitlines() or [""])[-1]
-    return json.loads(line) if line.startswith("{") else None
 
 
 def launched(command, launch):

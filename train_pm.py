@@ -35,6 +35,7 @@ from evals import pm
 from model import SIZES
 
 STAGES = {"pmp": (0.1, 512, 1.0), "finetune": (0.01, 32, 0.0)}  # learning rate as a multiple of the LM's; comparisons a step; LM loss (Section 4)
+EVAL_COMPARISONS = 4096  # held-out comparisons that an evaluation during training reads at most; evaluate.py reads all
 CONTROL = (" GOOD:", " BAD:")  # set before a completion by --binarise, as text: any tokenizer has it
 
 
@@ -88,6 +89,7 @@ def main():
         lines.append("mix: " + ", ".join(f"{n:,} from {path}" for path, n in zip(args.data, np.bincount(source_numbers(data, train, sources)))))
     for line in lines:
         ranks.say(line)
+    scored = held_out[::-(-len(held_out) // EVAL_COMPARISONS)] if len(held_out) else held_out
 
     batch = args.batch or stage_batch
     lm_lr = (meta or {}).get("lm_lr") or 3e-3 * (128 / model.config.d_model) ** 0.5
@@ -113,14 +115,14 @@ def main():
         return comparison_loss(model, hidden, row, objective, lm_weight)
 
     def evaluate(net):
-        return held_out_figures(model, data, held_out, objective, ctx, tokenizer, form, at_once, ranks)
+        return held_out_figures(model, data, scored, objective, ctx, tokenizer, form, at_once, ranks)
 
     def where(row):
         return ", ".join(data.where(i) for i in row.examples)
 
     tokens = sum(data.packed_lengths(train[:1000], [None] * len(train[:1000]), ctx, **form)) / len(train[:1000])
     trainer.print_plan(args, ranks, model, n_steps, lr, at_once, [
-        f"data: {len(train):,} training comparisons, {len(held_out):,} held out; a step: {batch} comparisons, about "
+        f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(scored):,} of them scored at every evaluation; a step: {batch} comparisons, about "
         f"{batch * tokens:,.0f} tokens; an epoch: {per_epoch:,} steps"])
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
                   where=where, unit="comparisons", metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,

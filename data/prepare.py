@@ -3,6 +3,8 @@
   python -m data.prepare hellaswag --raw hellaswag_val.jsonl --out hellaswag.jsonl
   python -m data.prepare ethics --set justice --raw justice_train.csv --out justice.jsonl
   python -m data.prepare stackexchange --raw beer/Posts.xml.xz cooking/Posts.xml --out stackexchange.jsonl.zst
+  python -m data.prepare human-vs-model --raw stackexchange.jsonl --model out/imitation --out human-vs-model.jsonl
+  python -m data.prepare code-correctness --raw mbpp.jsonl --out code.jsonl
   python -m data.prepare stackexchange --raw beer.stackexchange.com.7z --download --out beer.jsonl
 
 A published test split stays a test split: files named test are not mixed with others, each split has its own --out.
@@ -31,17 +33,19 @@ from data.count import Count
 from data.errors import InputError, run_main
 from data.text import find_special, valid_unicode
 
-# name -> module in data/, its function records(paths, args, count), its function for flags where it has one
+# name -> module, its function records(paths, args, count), its function for flags where it has one
 SOURCES = {
-    "hh": ("published", "hh", None),
-    "summarize": ("published", "summarize", None),
-    "hellaswag": ("published", "hellaswag", None),
-    "ethics": ("published", "ethics", "ethics_flags"),
-    "utilitarianism": ("published", "utilitarianism", None),  # ethics --set utilitarianism by its short name
-    "pairs": ("published", "pairs", None),
-    "stackexchange": ("stackexchange", "records", "add_flags"),
-    "reddit": ("reddit", "records", "add_flags"),
-    "wikipedia": ("wikipedia", "records", "add_flags"),
+    "hh": ("data.published", "hh", None),
+    "summarize": ("data.published", "summarize", None),
+    "hellaswag": ("data.published", "hellaswag", None),
+    "ethics": ("data.published", "ethics", "ethics_flags"),
+    "utilitarianism": ("data.published", "utilitarianism", None),  # ethics --set utilitarianism by its short name
+    "pairs": ("data.published", "pairs", None),
+    "stackexchange": ("data.stackexchange", "records", "add_flags"),
+    "reddit": ("data.reddit", "records", "add_flags"),
+    "wikipedia": ("data.wikipedia", "records", "add_flags"),
+    "human-vs-model": ("evals.human_vs_model", "records", "add_flags"),  # these two need a model, or programs to be run
+    "code-correctness": ("evals.correctness", "records", "add_flags"),
 }
 
 
@@ -105,10 +109,12 @@ def parse_args():
     if name not in SOURCES:
         parser.error(f"the name of the data set comes first, found {name!r}; choose from {', '.join(SOURCES)}")
     module, records, flags = SOURCES[name]
-    module = importlib.import_module(f"data.{module}")
+    module = importlib.import_module(module)
     if flags and hasattr(module, flags):
         getattr(module, flags)(parser)
     args = parser.parse_args()
+    if hasattr(module, "find_raw"):
+        args.raw = module.find_raw(args.raw)
     if not 0 <= args.max_bad <= 1:
         parser.error(f"--max_bad {args.max_bad}: a share, from 0 to 1")
     return args, module, getattr(module, records)

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Makes .venv, installs, and tests the core claims of the paper on the embedded toy world: about ten minutes on two cores.
+set -e
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python3}
+[ -d .venv ] || "$PYTHON" -m venv .venv
+. .venv/bin/activate
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python lab.py toy core
+echo "open $(pwd)/out/lab/toy/report.html to see the figures"
