@@ -448,12 +448,38 @@ CORE = list(CLAIMS)[:5]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The paper's own scale: commands and what they would take
+
+
+GPU_BYTES, GPU_FLOPS, UTILISATION = 80e9, 989e12, 0.4  # an H100's memory and bf16 peak; the part of it that training is assumed to reach
+STAGES = (  # name, tokens, command; tokens: 400B for the LM; pairs of 500 tokens for PMP, of 300 for finetuning; 350M for distillation
+    ("language model", 400e9, "train_lm.py --data texts/ --tokenizer bpe:65536 --size {size} --ctx 8192 --batch 1048576 --out out/{size}/lm"),
+    ("distillation", 350e6, "distill.py --init out/{size}/lm --prompt hhh --data texts/ --dialogue stackexchange.jsonl --sequences 170000 --out out/{size}/distilled"),
+    ("PMP on the Mix", 8.3e6 * 500, "train_pm.py --init out/{size}/lm --stage pmp --binarise --data stackexchange.jsonl reddit.jsonl wikipedia.jsonl --out out/{size}/pmp"),
+    ("finetuning", 4e4 * 300, "train_pm.py --init out/{size}/pmp --stage finetune --data hh/ --out out/{size}/pm"))
+
+
+def paper_plan():
+    """Print what each stage of the paper would take at its seven sizes; run nothing."""
+    print(f"Assumed: GPUs of {GPU_BYTES / 1e9:.0f} GB and {GPU_FLOPS / 1e12:.0f} TFLOP/s in bf16, {UTILISATION:.0%} of that reached; 6 FLOPs a parameter and token; 16 bytes a "
+          "parameter\nfor weights, gradients and optimizer, and half a GPU for activations. This project is data parallel: each GPU holds the whole model. Where that\n"
+          "does not fit, the number of GPUs is what sharding the state, which is not here, would need at least.\n")
+    for size in ("13m", "42m", "197m", "810m", "2.7b", "13b", "52b"):
+        n_layer, d_model, _ = trainer.SIZES[size]
+        n = 12 * n_layer * d_model**2 + 65536 * d_model
+        least = math.ceil(16 * n / (GPU_BYTES / 2))
+        gpus = max(8, 8 * math.ceil(least / 8))
+        print(f"{size}: {n / 1e9:.3f}B parameters with embeddings, {16 * n / 1e9:,.1f} GB of state" + ("" if least == 1 else f"; does not fit one GPU: needs sharding over {least} or more"))
+        for name, tokens, command in STAGES:
+            hours = 6 * n * tokens / (gpus * GPU_FLOPS * UTILISATION) / 3600
+            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {gpus} GPUs   torchrun --nproc_per_node 8 {command.format(size=size)}")
 
 
 def parse_args():
     shown = __doc__ + "\n".join(f"  {name:<38}{f.__doc__.splitlines()[0]}" for name, f in CLAIMS.items())
     parser = argparse.ArgumentParser(description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scale", choices=("toy",), help="toy: the embedded world, 0.1M and 0.8M parameters")
+    parser.add_argument("scale", choices=("toy", "paper"), help="toy: the embedded world, 0.1M and 0.8M parameters; paper: print the commands for 13m to 52b with GPUs, "
+                        "memory and hours, and run nothing")
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
     parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
     parser.add_argument("--seeds", type=trainer.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
@@ -471,6 +497,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.scale == "paper":
+        return paper_plan()
     lab, gpus = Lab(args), torch.cuda.device_count()
     claims = {name: CLAIMS[name](lab) for name in args.claims}
     runs = {name: list(all_runs(next(claim))) for name, claim in claims.items()}
