@@ -16,6 +16,7 @@ from pathlib import Path
 from data.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")  # what a folder given as --data is searched for
+LONGEST_LINE = 2**30  # bytes: what is longer is no line but a broken or hostile file, and is not read into memory
 PACKED = ("", ".gz", ".xz", ".bz2", ".zst")
 
 
@@ -103,12 +104,18 @@ def read_lines(path, progress=None):
     number = 0
     try:
         with open(path, "rb") as disk, unpacker(path, lambda file, mode: file)(disk, "rb") as file:
-            done = 0
-            for number, line in enumerate(file, 1):
-                if progress is not None:
+            done = unseen = 0
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if len(line) == LONGEST_LINE:
+                    raise InputError(f"{path}:{number}: a line longer than {LONGEST_LINE // 2**20} MB; is this a text file?")
+                unseen += len(line)
+                if progress is not None and unseen > 2**18:  # asking for each line would cost as much as reading it
                     progress.update(disk.tell() - done)
-                    done = disk.tell()
+                    done, unseen = disk.tell(), 0
                 yield number, line.rstrip(b"\r\n")
+            if progress is not None:
+                progress.update(disk.tell() - done)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{path}:{number + 1}: the compressed file is damaged or cut ({error}); fetch it again") from None
     except Exception as error:
