@@ -61,9 +61,9 @@ class Lab:
         return path
 
     def lm(self, size, seed):
-        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.toy / "lm.jsonl", seconds=120 if size != "test" else 45)
+        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.toy / "lm.jsonl", "--steps", 250, seconds=70 if size != "test" else 25)
 
-    def pm(self, init, seed, *flags, data="ranked.jsonl", seconds=40):
+    def pm(self, init, seed, *flags, data="ranked.jsonl", seconds=20):
         """A preference model or an imitation. All arms of all claims learn at the paper's PMP rate, a tenth of the language model's: at
         a hundredth, its finetuning rate, a few hundred small steps teach nothing."""
         path = data if isinstance(data, (Path, Run)) else self.toy / data
@@ -77,14 +77,14 @@ class Lab:
 
     def distilled(self, seed):
         return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, "--prompt", self.toy / "prompt.txt",
-                        "--data", self.toy / "lm.jsonl", "--dialogue", self.toy / "dialogue.jsonl", seconds=50)
+                        "--data", self.toy / "lm.jsonl", "--dialogue", self.toy / "dialogue.jsonl", "--sequences", 4096, seconds=25)
 
     def finetuned_on(self, name, seed):
         """The language model finetuned on one short text, thirty steps."""
-        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", self.toy / name, "--ctx", 64, "--batch", 512, "--steps", 30,
-                        "--lr", self.rate(self.lm(self.size, seed)), "--schedule", "linear", seconds=8)
+        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", self.toy / name, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.2,
+                        "--lr", self.rate(self.lm(self.size, seed)), "--schedule", "linear", seconds=5)
 
-    def evaluate(self, benchmark, model, *flags, prompted=False, seconds=8):
+    def evaluate(self, benchmark, model, *flags, prompted=False, seconds=4):
         return self.run(f"evaluate.py", benchmark, "--model", model, *(("--prompt", self.toy / "prompt.txt") if prompted else ()), *flags, seconds=seconds)
 
     def hhh(self, model, prompted=False):
@@ -229,7 +229,7 @@ def prior_not_finetuning(lab):
 
 def against_imitation(lab, data, sizes):
     """Runs of ranked preference models and of imitation on a toy file, by size: (ranked, imitation)."""
-    make = lambda *flags: {size: lab.by_seed(lambda s: lab.accuracy(lab.pm(lab.lm(size, s), s, *flags, data=data), data)) for size in sizes}
+    make = lambda *flags: {size: lab.by_seed(lambda s: lab.accuracy(lab.pm(lab.lm(size, s), s, "--pairs", 3000, *flags, data=data), data)) for size in sizes}
     return make(), make("--objective", "imitation")
 
 
@@ -264,12 +264,12 @@ def pre_trained(lab, seed, *flags, sources=SOURCES):
     init = lab.lm(lab.size, seed)
     lm_weight = () if "--lm_weight" in flags else ("--lm_weight", 1)
     return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", *files, "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05, *lm_weight, *flags,
-                   seconds=90 * len(sources) / 3)
+                   seconds=60 * len(sources) / 3)
 
 
 def finetuned(lab, init, seed, n, *flags):
     """Held-out accuracy after finetuning on n comparisons."""
-    return lab.accuracy(lab.pm(init, seed, "--pairs", n, *flags, seconds=10 + n / 100))
+    return lab.accuracy(lab.pm(init, seed, "--pairs", n, *flags, seconds=5 + n / 150))
 
 
 def transfer(lab, first, second, n=500, flags=((), ())):
@@ -284,8 +284,16 @@ def transfer_findings(what, arms, n=500):
 
 
 def pmp_sample_efficiency(lab):
-    """Section 4.2: preference-model pre-training raises accuracy at 500 and 5,000 comparisons."""
-    amounts = (500, 5000)
+    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons."""
+    return (yield from efficiency(lab, (500,)))
+
+
+def pmp_curve(lab):
+    """Section 4.2: pre-training is worth many comparisons where there are few, less where there are 5,000."""
+    return (yield from efficiency(lab, (100, 500, 1500, 5000)))
+
+
+def efficiency(lab, amounts):
     arms = {"none": {n: lab.by_seed(lambda s: finetuned(lab, lab.lm(lab.size, s), s, n)) for n in amounts},
             "Mix": {n: lab.by_seed(lambda s: finetuned(lab, pre_trained(lab, s, "--binarise"), s, n)) for n in amounts}}
     yield arms
@@ -442,7 +450,7 @@ def scaling(lab):
 
 CLAIMS = {f.__name__.replace("_", "-"): f for f in (
     prompt_helps, distilled_equals_prompted, ranked_beats_imitation, binary_equals_imitation, pmp_sample_efficiency,  # the core
-    alignment_tax, prior_not_finetuning, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
+    alignment_tax, prior_not_finetuning, pmp_curve, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
     accuracy_at_k, ensembles, toxicity_falls, elo_ranks, truthfulqa_needs_mutual_information, scaling)}
 CORE = list(CLAIMS)[:5]
 

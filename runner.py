@@ -5,7 +5,9 @@ A finished run is reused, an interrupted training is resumed, a failed one fails
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data.files import file_digest, write_file
@@ -62,9 +65,17 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = self.command() + ["--resume"] * (self.trains and (self.out / "metrics.jsonl").exists())
         start = time.monotonic()
-        with open(self.folder / "log.txt", "w") as log:
-            code = subprocess.run(launched(command, launch), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL).returncode
-        said = (self.folder / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
+        log = self.folder / "log.txt"
+        if launch:
+            with open(log, "w") as file:
+                code = subprocess.run(launched(command, launch), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+                                      stdin=subprocess.DEVNULL).returncode
+        else:
+            process = processes.Process(target=run_script, args=(command, str(log), environment))
+            process.start()
+            process.join()
+            code = process.exitcode
+        said = log.read_text().strip().splitlines() or ["it said nothing"]
         stopped = self.trains and said[-1].startswith("stopped after step")
         if code or stopped:
             raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {code}'}: {said[-1][:300]}")
@@ -73,12 +84,35 @@ class Run:
 
 
 def launched(command, launch):
-    """The words to execute: python's own, or `launch`, a prefix such as "torchrun --nproc_per_node 8" for the scripts, or a template
-    with {command}, such as 'srun --gpus 1 {command}'."""
+    """The words to execute for `launch`: a prefix such as "torchrun --nproc_per_node 8" for the scripts, or a template with {command},
+    such as 'srun --gpus 1 {command}'."""
     python = [sys.executable, *command]
-    if launch and "{command}" in launch:
+    if "{command}" in launch:
         return ["sh", "-c", launch.replace("{command}", shlex.join(python))]
-    return [*shlex.split(launch), *command] if launch and command[0].endswith(".py") else python
+    return [*shlex.split(launch), *command] if command[0].endswith(".py") else python
+
+
+# Runs are processes forked from one that has imported torch already, which saves each of them its first seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "tokenizers"])
+
+
+def run_script(command, log, environment):
+    """Run a script or module in this process as python would from the command line, with its output in the file `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.path.insert(0, str(ROOT))
+    name, *flags = command[1:] if command[0] == "-m" else command
+    sys.argv = [name, *flags]
+    if command[0] == "-m":
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 def code_version(script):
@@ -151,7 +185,7 @@ def execute(runs, jobs, launch="", gpus=0):
                 elif slots and all(need.done for need in run.needs):
                     slot = slots.pop(0)
                     own = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-                    running[pool.submit(run.execute, launch, {**os.environ, **own})] = run, slot
+                    running[pool.submit(run.execute, launch, own)] = run, slot
                     waiting.remove(run)
             if not running:
                 continue

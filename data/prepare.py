@@ -79,7 +79,7 @@ def main():
 
     count = Count(args.max_bad)
     args.progress = Progress(sum(path.stat().st_size for path in args.raw))
-    print(f"reading {', '.join(map(str, args.raw))}", flush=True)
+    print(f"reading {', '.join(map(str, args.raw[:3]))}{f' and {len(args.raw) - 3} more files' if len(args.raw) > 3 else ''}", flush=True)
     with contextlib.closing(args.progress.bar), written_whole(args.out) as file:
         for record in records(args.raw, args, count):
             if any(find_special(text) for text in texts(record)):

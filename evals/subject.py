@@ -60,6 +60,9 @@ def load_subject(args, load=checkpoint.load):
     ctx = getattr(args, "ctx", None) or model.config.ctx
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
     left = ctx - (prefix.start if prefix else 0)
+    if getattr(args, "max_new", 0) > left // 2:
+        args.max_new = left // 2
+        print(f"note: samples end after {args.max_new} tokens, half of what there is room for")
     return Subject(args.model, model, tokenizer, meta, prefix, prompt, left, trainer.micro_tokens(args, model, device), device)
 
 
