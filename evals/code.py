@@ -277,7 +277,11 @@ def _changes(node, names):
         return change
 
     def drop(field, at):
-        return lambda node: getattr(node, field).__setitem__(at, ast.Pass())
+        """Leave a statement out; `pass` stands for it only where there is no other, as it would tell a changed program."""
+        def change(node):
+            statements = getattr(node, field)
+            statements[at:at + 1] = [] if len(statements) > 1 or field == "orelse" else [ast.Pass()]
+        return change
 
     match node:
         case ast.Compare():
