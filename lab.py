@@ -2,7 +2,7 @@
 
   python lab.py toy                                       all claims on the embedded toy world, on a CPU
   python lab.py toy prompt-helps ranked-beats-imitation   some of them
-  python lab.py small --data DIR                          real data, small models, hours on a CPU
+  python lab.py small --data DIR                          published sets, a 5M-parameter model, hours on a CPU
   python lab.py toy --dry_run                             what would be run
 
 Runs are kept under OUT/runs by their flags, data and code: finished ones are reused, interrupted ones go on. The report is
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 import trainer
-from data import toy, toy_sources
+from data import synthetic, toy, toy_sources
 from data.errors import InputError, run_main
-from data.files import write_file
+from data.files import build_once, content_key, write_file
 from evals import pm
 from report import write_report
 from runner import Run, execute, needed
@@ -448,11 +448,108 @@ def scaling(lab):
     return findings, draw
 
 
+def synthetic_transfer(lab):
+    """Appendix: on synthetic data a ranking learned in pre-training has to be unlearned where the order changes; a binarised one less."""
+    small, orders = ("--ctx", 64, "--dtype", "fp32", "--lm_weight", 0, "--held_out", 0.02), ("same", "shuffled", "reversed")
+
+    def arm(seed, order, *flags):
+        folder = build_once(f"synthetic-{seed}-{content_key([synthetic.__file__])}", lambda folder: synthetic.write(folder, seed))
+        if flags != ("none",):
+            init = ("--init", lab.run("train_pm.py", "--size", "test", "--tokenizer", "bytes", "--stage", "pmp", "--data", folder / "pmp.jsonl", "--batch", 64,
+                                      "--lr", 0.003, "--seed", seed, *small, *flags, seconds=12))
+        else:
+            init = ("--size", "test", "--tokenizer", "bytes")
+        model = lab.run("train_pm.py", *init, "--data", folder / f"finetune-{order}.jsonl", "--lr", 0.0003, "--epochs", 4, "--seed", seed, *small, seconds=3)
+        return lab.evaluate("pm", model, "--data", folder / f"test-{order}.jsonl", "--dtype", "fp32", seconds=3)
+    arms = {name: {order: lab.by_seed(lambda s: arm(s, order, *flags)) for order in orders}
+            for name, flags in (("none", ("none",)), ("ranked", ()), ("binarised", ("--binarise",)))}
+    yield arms
+    accuracy = lambda name, order: [run.figures["accuracy"] for run in arms[name][order]]
+    findings = [above(f"{order} order: binarised minus ranked pre-training", *over_seeds(np.subtract(accuracy("binarised", order), accuracy("ranked", order)), 100))
+                for order in ("reversed", "shuffled", "same")]
+    return findings, bars({name: {order: mean_of(runs, "accuracy") for order, runs in arm.items()} for name, arm in arms.items()},
+                          "accuracy after 200 pairs of an order, %")
+
+
 CLAIMS = {f.__name__.replace("_", "-"): f for f in (
     prompt_helps, distilled_equals_prompted, ranked_beats_imitation, binary_equals_imitation, pmp_sample_efficiency,  # the core
     alignment_tax, prior_not_finetuning, pmp_curve, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
-    accuracy_at_k, ensembles, toxicity_falls, elo_ranks, truthfulqa_needs_mutual_information, scaling)}
+    accuracy_at_k, ensembles, toxicity_falls, elo_ranks, truthfulqa_needs_mutual_information, scaling, synthetic_transfer)}
 CORE = list(CLAIMS)[:5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The small scale: published sets, a language model of 5m parameters
+
+SETS = {  # name: (how to prepare it, file under --data)
+    "hellaswag": ("hellaswag", "hellaswag/hellaswag_val.jsonl.xz"), "utilitarianism": ("utilitarianism", "ethics/utilitarianism/util_train.csv"),
+    "deontology": ("ethics --set deontology", "ethics/deontology/deontology_train.csv"), "justice": ("ethics --set justice", "ethics/justice/justice_train.csv"),
+    "virtue": ("ethics --set virtue", "ethics/virtue/virtue_train.csv"), "commonsense": ("ethics --set commonsense", "ethics/commonsense/cm_test.csv"),
+    "summaries": ("summarize", "summarize-from-feedback/newsroom_comparisons.jsonl.xz"), "hh": ("hh", "hh-rlhf/harmless-base/test.jsonl.gz")}
+PUBLIC = (("pairs", "alpaca-eval/pairs.jsonl.xz", 1000), ("pairs", "ukp-convarg/pairs.jsonl.xz", 1500))  # and all of Stack Exchange there is, at most 1,000
+
+
+class Small(Lab):
+    def __init__(self, args):
+        super().__init__(args)
+        self.data, self.sets, self.given = Path(args.data).resolve(), args.sets, args.lm and Path(args.lm).resolve()
+        self.size = "5m"
+
+    def prepared(self, how, *paths):
+        name, *flags = how.split()
+        return self.run(f"-m data.prepare {name}", *flags, "--raw", *paths, seconds=10)
+
+    def lm(self, size, seed):
+        """One language model for all seeds: it alone takes most of an hour."""
+        return self.given or self.run("train_lm.py", "--data", self.data / "text", "--tokenizer", "bpe:8192", "--size", "5m", "--ctx", 512, "--steps", 1500,
+                                                            seconds=2800)
+
+    def rate(self, init):
+        return f"{3e-4 * 0.5 ** 0.5:.3g}"
+
+    def tuned(self, init, seed, name, *flags):
+        """Held-out accuracy on a set after finetuning on 500 comparisons of it."""
+        how, path = SETS[name]
+        data = self.prepared(how, self.data / path)
+        model = self.pm(init, seed, "--ctx", 512, "--pairs", 500, "--eval_every", 10**6, *flags, data=data, seconds=40)
+        return self.evaluate("pm", model, "--data", data, seconds=20)
+
+
+def small_ranked_beats_imitation(lab):
+    """Section 3.2: on ranked data a preference model beats imitation, here at 500 comparisons."""
+    init = lab.lm("5m", 0)
+    arms = {objective: {name: lab.by_seed(lambda s: lab.tuned(init, s, name, "--objective", objective)) for name in lab.sets} for objective in ("imitation", "ranked")}
+    yield arms
+    return small_findings(arms, "ranked minus imitation")
+
+
+def small_pmp_sample_efficiency(lab):
+    """Section 4.2: preference-model pre-training on public data raises accuracy at 500 comparisons."""
+    init, sites = lab.lm("5m", 0), sorted((lab.data / "stackexchange").glob("*/Posts.xml*"))
+    files = [lab.prepared("stackexchange", *sites), *(lab.prepared(how, lab.data / path) for how, path, _ in PUBLIC)]
+
+    def pre_trained(seed):
+        return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", *files, "--sizes", 1000, *(n for *_, n in PUBLIC), "--stage", "pmp", "--binarise", "--batch", 64,
+                       "--lr", lab.rate(init), "--ctx", 512, "--pairs_per_group", 1, "--held_out", 0.05, "--eval_every", 10**6, seconds=500)
+    arms = {"none": {name: lab.by_seed(lambda s: lab.tuned(init, s, name)) for name in lab.sets},
+            "pre-trained": {name: lab.by_seed(lambda s: lab.tuned(pre_trained(s), s, name)) for name in lab.sets}}
+    yield arms
+    return small_findings(arms, "with minus without pre-training")
+
+
+def small_findings(arms, what):
+    """Findings on the mean over the sets, then on each set."""
+    (_, first), (_, second) = arms.items()
+    values = {name: [[pairs_right(run) for run in runs[name]] for runs in (first, second)] for name in first}
+    gains = [np.mean([b.figures["accuracy"] - a.figures["accuracy"] for a, b in zip(first_runs, second_runs)]) for first_runs, second_runs in
+             zip(zip(*first.values()), zip(*second.values()))]
+    findings = [above(f"{what}, mean of {len(first)} sets", *over_seeds(gains, 100))] + [above(f"{what}, {name}", *difference(*values[name])) for name in first]
+    rulers = {"longer wins": {name: mean_of(runs, "longer_wins") for name, runs in first.items()}}
+    return findings, bars({arm: {name: mean_of(runs, "accuracy") for name, runs in sets.items()} for arm, sets in arms.items()} | rulers,
+                          "held-out accuracy after 500 comparisons, %")
+
+
+SMALL_CLAIMS = {"ranked-beats-imitation": small_ranked_beats_imitation, "pmp-sample-efficiency": small_pmp_sample_efficiency}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,29 +583,36 @@ def paper_plan():
 def parse_args():
     shown = __doc__ + "\n".join(f"  {name:<38}{f.__doc__.splitlines()[0]}" for name, f in CLAIMS.items())
     parser = argparse.ArgumentParser(description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scale", choices=("toy", "paper"), help="toy: the embedded world, 0.1M and 0.8M parameters; paper: print the commands for 13m to 52b with GPUs, "
+    parser.add_argument("scale", choices=("toy", "small", "paper"), help="toy: the embedded world, 0.1M and 0.8M parameters; small: published sets and "
+                        "5M parameters, hours on two cores, for ranked-beats-imitation and pmp-sample-efficiency; paper: print the commands for 13m to 52b with GPUs, "
                         "memory and hours, and run nothing")
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
     parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
     parser.add_argument("--seeds", type=trainer.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=trainer.SIZES, default=["test", "0.8m"], help="model sizes, the main one last (default: test 0.8m)")
+    parser.add_argument("--data", metavar="DIR", help="for small: folder of the published files")
+    parser.add_argument("--lm", metavar="DIR", help="for small: a language model to start from, instead of training one on DIR/text for most of an hour")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="for small: the sets to finetune on (default: all)")
     parser.add_argument("--jobs", type=trainer.positive(int), help="runs at a time (default: one for each GPU or core)")
     parser.add_argument("--launch", default="", metavar="COMMAND", help='how to start a script, such as "torchrun --nproc_per_node 8", or a template such as "srun --gpus 1 {command}"')
     parser.add_argument("--dry_run", action="store_true", help="list the runs with their estimated time, and run nothing")
     args = parser.parse_args()
-    args.claims = [name for claim in args.claims or CLAIMS for name in (CORE if claim == "core" else [claim])]
-    unknown = [name for name in args.claims if name not in CLAIMS]
+    there = SMALL_CLAIMS if args.scale == "small" else CLAIMS
+    args.claims = [name for claim in args.claims or there for name in (CORE if claim == "core" else [claim])]
+    unknown = [name for name in args.claims if name not in there]
     if unknown:
-        raise InputError(f"no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}, and core for the first five")
-    return args
+        raise InputError(f"no claim {unknown[0]!r} at this scale; there are {', '.join(there)}{', and core for the first five' if there is CLAIMS else ''}")
+    if args.scale == "small" and not (args.data and Path(args.data).is_dir()):
+        raise InputError("small needs --data DIR, the folder of the published files")
+    return args, there
 
 
 def main():
-    args = parse_args()
+    args, there = parse_args()
     if args.scale == "paper":
         return paper_plan()
-    lab, gpus = Lab(args), torch.cuda.device_count()
-    claims = {name: CLAIMS[name](lab) for name in args.claims}
+    lab, gpus = (Small if args.scale == "small" else Lab)(args), torch.cuda.device_count()
+    claims = {name: there[name](lab) for name in args.claims}
     runs = {name: list(all_runs(next(claim))) for name, claim in claims.items()}
     todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
     jobs = args.jobs or gpus or os.cpu_count()
@@ -524,7 +628,7 @@ def main():
         bad = [run for run in needed(runs[name]) if run.key in failed]
         results[name] = (None, failed[bad[0].key]) if bad else concluded(claim)
     folder = Path(args.out) / args.scale
-    write_report(folder, args, {name: (CLAIMS[name].__doc__.splitlines()[0], *results[name]) for name in results})
+    write_report(folder, args, {name: (there[name].__doc__.splitlines()[0], *results[name]) for name in results})
     if any(findings is None for findings, _ in results.values()):
         sys.exit(1)
 

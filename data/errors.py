@@ -14,6 +14,8 @@ def run_main(main):
     """
     try:
         main()
+    except BrokenPipeError:  # whoever read our output, such as head, has gone
+        os._exit(141)
     except InputError as error:
         message = str(error)
     except OSError as error:

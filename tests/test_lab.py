@@ -107,7 +107,7 @@ def test_the_report_is_one_file_and_tells_failures(tmp_path):
 
 def test_unknown_claims_and_scales_are_told_what_there_is(tmp_path):
     done = run("lab.py", "toy", "moon-is-cheese", "--out", tmp_path)
-    assert done.returncode == 2 and "no claim 'moon-is-cheese'; there are prompt-helps" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "no claim 'moon-is-cheese' at this scale; there are prompt-helps" in done.stderr and done.stderr.count("\n") == 1
     done = run("lab.py", "enormous", "--out", tmp_path)
     assert done.returncode == 2 and "'toy'" in done.stderr
 
