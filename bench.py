@@ -1,8 +1,9 @@
-"""Measure the speed and memory of training here, beside plain ways of doing the same and the machine's matrix peak.
+"""Measure the speed and memory of what is done here, beside plain ways of doing the same and the machine's matrix peak.
 
-  python bench.py                                                             pm and lm on the toy world, minutes on a CPU
+  python bench.py                                                             all three parts, minutes on a CPU
   python bench.py pm --data hh-rlhf/harmless-base --tokenizer gpt2 --compile --out results/bench-pm.json
   pip install trl && python bench.py pm                                       times TRL's RewardTrainer as well
+  python bench.py prompt --size 5m                                            scoring, distilling and sampling behind a prompt
 
 pm trains a preference model on pairs, the best and the worst completion of each comparison, laid out in three ways that
 give the same loss and gradient:
@@ -10,14 +11,17 @@ give the same loss and gradient:
   packed                   each completion with its context, end to end in a row without padding
   packed + shared prefix   each context once: what train_pm.py does
 lm trains on full windows of tokens as train_lm.py does, beside a plain loop in the manner of nanoGPT.
+prompt does with one long prompt what evaluate.py, distill.py and chat.py do, beside reading the prompt anew for each text. The
+slow side is timed on a few texts and scaled to all, as its rows' names say.
 
 A timed step is a whole one: laying out the batch, forward, backward, clipping, AdamW. The candidates take turns round by
 round on the same examples, so a slow minute of the machine slows all of them. Columns: the median of the rounds and their
-range; ratios of medians; tokens computed for a pair; MFU, the arithmetic of these tokens (6 x parameters, and attention's)
-against the matrix peak; useful, the same for the arithmetic that the least layout needs; GiB, the peak on top of what
-was there before (TRL builds its model anew, so its weights are in it). Prints tables and, last, one JSON line.
+range; ratios of medians; of training, tokens computed for a pair, MFU, the arithmetic of these tokens (6 x parameters, and
+attention's) against the matrix peak, and useful, the same for the arithmetic that the least layout needs; GiB, the peak on
+top of what was there before (TRL builds its model anew, so its weights are in it). Prints tables and, last, one JSON line.
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import datetime
@@ -39,29 +43,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
+import distill
 import trainer
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
 from data.files import write_file
 from data.packing import Row, epoch_order, make_row, pack
+from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
-from model import GPT, SIZES, Config, Layout
+from evals import pm
+from evals.choices import HHH_ITEMS
+from model import GPT, SIZES, Config, Layout, generate, read
 from train_pm import comparison_loss
 
 TRL_BATCHES = (8, 32)  # pairs a step
+ROOM = 2192  # tokens of context behind the prompt
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("all", "pm", "lm"), default="all", help="what to measure (default: %(default)s)")
-    parser.add_argument("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy (default: toy)")
+    parser.add_argument("part", nargs="?", choices=("all", "pm", "lm", "prompt"), default="all", help="what to measure (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy, for pm and lm (default: toy)")
     parser.add_argument("--size", choices=SIZES, default="3m", help="of the model (default: %(default)s)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or a .tiktoken file (default: %(default)s)")
-    parser.add_argument("--ctx", type=trainer.positive(int), default=1024, help="tokens a sequence at most (default: %(default)s)")
+    parser.add_argument("--ctx", type=trainer.positive(int), default=1024, help="tokens a sequence at most, of pm and lm (default: %(default)s)")
     parser.add_argument("--batch", type=trainer.positive(int), default=32, help="pairs in a step of pm (default: %(default)s)")
     parser.add_argument("--lm_batch", type=trainer.positive(int), default=8192, help="tokens in a step of lm (default: %(default)s)")
-    parser.add_argument("--steps", type=trainer.positive(int), default=2, help="optimizer steps in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=trainer.positive(int), default=2, help="optimizer steps in a round of pm and lm (default: %(default)s)")
+    parser.add_argument("--prompt_tokens", type=trainer.positive(int), default=6000, help="our HHH prompt is repeated or cut to so many (default: %(default)s)")
     parser.add_argument("--rounds", type=trainer.positive(int), default=5, help="timed rounds; one more warms up, one is for memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time compiled models too: minutes more at the start")
     parser.add_argument("--out", help="file for the JSON line (default: none)")
@@ -78,19 +88,20 @@ def main():
     if args.lm_batch < args.ctx:
         raise InputError(f"--lm_batch {args.lm_batch} is less than one sequence of --ctx {args.ctx} tokens")
     tokenizer = get_tokenizer(args.tokenizer)
-    data = load_comparisons(toy.find_data(args.data, "ranked.jsonl"), tokenizer)
+    measures = {"pm": measure_pm, "lm": measure_lm, "prompt": measure_prompt}
+    measures = measures if args.part == "all" else {args.part: measures[args.part]}
+    data = {part: load_comparisons([HHH_ITEMS] if part == "prompt" else toy.find_data(args.data, "ranked.jsonl"), tokenizer) for part in measures}
     result = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv]),
               "machine": machine(device), "peak_gflops": {str(t)[6:]: matrix_peak(t, device) for t in (torch.bfloat16, torch.float32)},
               "model": {**dict(zip(("n_layer", "d_model", "n_head"), SIZES[args.size])), "vocab_size": tokenizer.vocab_size,
                         "ctx": args.ctx, "dtype": str(dtype)[6:]}}
     print(*(f"{k} {v}" for k, v in (result["machine"] | result["model"]).items()), sep=", ")
     print("matrix peak:", ", ".join(f"{v:,.0f} GFLOP/s {k}" for k, v in result["peak_gflops"].items()), flush=True)
-    for part, measure in (("pm", measure_pm), ("lm", measure_lm)):
-        if args.part in ("all", part):
-            config = Config(*SIZES[args.size], tokenizer.vocab_size, args.ctx, value_head=part == "pm")
-            model = GPT(config).init_weights(seed=0).to(device)
-            model.dtype = dtype
-            result[part] = measure(args, ranks, model, data, tokenizer, 1e9 * result["peak_gflops"][str(dtype)[6:]])
+    for part, measure in measures.items():
+        ctx = args.prompt_tokens + ROOM if part == "prompt" else args.ctx
+        model = GPT(Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=part == "pm")).init_weights(seed=0).to(device)
+        model.dtype = dtype
+        result[part] = measure(args, ranks, model, data[part], tokenizer, 1e9 * result["peak_gflops"][str(dtype)[6:]])
     if args.out:
         write_file(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
@@ -114,9 +125,8 @@ def matrix_peak(dtype, device):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         F.linear(a, b)  # warms up
         end = clock(device) + 0.33
-        while (begun := clock(device)) < end:
-            F.linear(a, b)
-            best = max(best, 2e-9 * n**3 / (clock(device) - begun))
+        while clock(device) < end:
+            best = max(best, 2e-9 * n**3 / timed(device, lambda: F.linear(a, b)))
     return best
 
 
@@ -124,6 +134,12 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def timed(device, work):
+    begun = clock(device)
+    work()
+    return clock(device) - begun
 
 
 def peak_memory(device, reset=False):
@@ -160,18 +176,15 @@ def stepper(model, losses, device, ranks):
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def run(batches):
-        begun = clock(device)
-        for batch in batches:
-            count = 0
-            for batch_sum, batch_count in losses(model, batch):
-                batch_sum.backward()
-                count += batch_count
-            trainer.scale_and_clip(parameters, count, 1.0, ranks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return clock(device) - begun
-    return run
+    def step(batch):
+        count = 0
+        for batch_sum, batch_count in losses(model, batch):
+            batch_sum.backward()
+            count += batch_count
+        trainer.scale_and_clip(parameters, count, 1.0, ranks)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return lambda batches: sum(timed(device, lambda: step(batch)) for batch in batches)
 
 
 def blocks_compiled(model):
@@ -200,21 +213,22 @@ def row_work(model, row, only_ends):
     return tokens, flops
 
 
-def report(title, unit, amount, figures, work, least, baselines, peak):
-    """Print a table and return its figures by candidate. amount: units a round; work: {name: (tokens, flops)} a round, where
-    known; least: the flops that are needed; baselines: {column: the candidate that its ratios are to}."""
+def report(title, unit, amount, figures, baselines, work=None, least=0.0, peak=1.0):
+    """Print a table and return its figures by candidate. amount: units a round; baselines: {column: the candidate that its
+    ratios are to}; work: {name: (tokens, flops)} a round, where known; least: the flops that are needed."""
     medians = {name: statistics.median(seconds) for name, (seconds, _) in figures.items()}
-    columns = [unit + "/s", "min", "max", *baselines, "tokens", "MFU", "useful", "GiB"]
-    print(f"\n{title}\n{'':36}" + "".join(f"{column:>10}" for column in columns))
+    columns = [unit + "/s", "min", "max", *baselines, *(("tokens", "MFU", "useful") if work else ()), "GiB"]
+    formats = ["12,.2f"] * 3 + ["12.2f"] * len(baselines) + (["12,.0f", "12.1%", "12.1%"] if work else []) + ["12.2f"]
+    print(f"\n{title}\n{'':36}" + "".join(f"{column:>12}" for column in columns))
     rows = {}
     for name, (seconds, memory) in figures.items():
         rows[name] = {f"{unit}_per_second": amount / medians[name], "min": amount / max(seconds), "max": amount / min(seconds),
-                      **{f"ratio_{column}": medians[base] / medians[name] for column, base in baselines.items()},
-                      "tokens": None, "mfu": None, "useful": least / medians[name] / peak, "memory_gib": memory}
-        if name in work:
-            rows[name] |= {"tokens": work[name][0] / amount, "mfu": work[name][1] / medians[name] / peak}
-        formats = ["10,.1f"] * 3 + ["10.2f"] * len(baselines) + ["10,.0f", "10.1%", "10.1%", "10.2f"]
-        print(f"{name:36}" + "".join(f"{'-':>10}" if v is None else format(v, f) for f, v in zip(formats, rows[name].values())))
+                      **{f"ratio_{column}": medians[base] / medians[name] for column, base in baselines.items()}}
+        if work:
+            tokens, flops = work.get(name, (None, None))
+            rows[name] |= {"tokens": tokens and tokens / amount, "mfu": flops and flops / medians[name] / peak, "useful": least / medians[name] / peak}
+        rows[name]["memory_gib"] = memory
+        print(f"{name:36}" + "".join(f"{'-':>12}" if v is None else format(v, f) for f, v in zip(formats, rows[name].values())))
     print(flush=True)
     return rows
 
@@ -253,9 +267,7 @@ class Pairs:
 
     def padded(self, examples):
         sequences = self.sequences(examples)
-        tokens = torch.full((len(sequences), max(map(len, sequences))), self.tokenizer.eot)
-        for row, sequence in zip(tokens, sequences):
-            row[:len(sequence)] = torch.from_numpy(sequence)
+        tokens = pad(sequences)
         return [plain_row(tokens, None, [i * tokens.shape[1] + len(s) - 1 for i, s in enumerate(sequences)])]
 
     def packed(self, examples):
@@ -270,6 +282,11 @@ class Pairs:
         chosen = self.chosen(examples)
         return [make_row(self.data, examples[numbers], [chosen[i] for i in numbers], self.args.ctx, self.tokenizer)
                 for numbers in pack(self.data.packed_lengths(examples, chosen, self.args.ctx), self.at_once)]
+
+
+def pad(sequences):
+    """(B, longest), zeros on the right, of arrays of token ids."""
+    return nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, sequences)), batch_first=True)
 
 
 def plain_row(tokens, layout, ends):
@@ -307,8 +324,8 @@ def measure_pm(args, ranks, model, data, tokenizer, peak):
     figures = race(candidates, pairs.batches, args, device)
     if importlib.util.find_spec("trl"):
         baselines["x TRL"] = min((name for name in figures if "TRL" in name), key=lambda name: statistics.median(figures[name][0]))
-    return report(f"Preference-model training, {args.batch} pairs a step", "pairs", args.steps * args.batch, figures, work,
-                  least=work["packed + shared prefix"][1], baselines=baselines, peak=peak)
+    return report(f"Preference-model training, {args.batch} pairs a step", "pairs", args.steps * args.batch, figures, baselines,
+                  work, least=work["packed + shared prefix"][1], peak=peak)
 
 
 def check_equal(model, losses, examples):
@@ -433,8 +450,108 @@ def measure_lm(args, ranks, model, data, tokenizer, peak):
     figures = race(candidates, lambda r: windows, args, device)
     tokens = windows[..., 1:].numel()
     flops = training_flops(model, tokens, tokens * (args.ctx + 1) / 2, output=config.d_model * config.vocab_size)
-    return report(f"LM training, {shape[1]} x {args.ctx} tokens a step", "tokens", tokens, figures,
-                  dict.fromkeys(candidates, (tokens, flops)), least=flops, baselines={"x plain": "plain loop"}, peak=peak)
+    return report(f"LM training, {shape[1]} x {args.ctx} tokens a step", "tokens", tokens, figures, {"x plain": "plain loop"},
+                  dict.fromkeys(candidates, (tokens, flops)), least=flops, peak=peak)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Behind a prompt
+
+
+def measure_prompt(args, ranks, model, data, tokenizer, _):
+    """Figures of scoring the items, distilling and sampling behind a prompt."""
+    prompt = np.resize(tokenizer.encode(load_prompt("hhh")), args.prompt_tokens).astype(np.int64)
+    result = {"prompt_tokens": len(prompt), "ctx": model.config.ctx}
+    result["scoring"] = measure_scoring(args, ranks, model, data, tokenizer, prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HHH_LAB_CACHE"] = folder  # the teacher's cache is made anew in each round, and not kept
+        result["distillation"], result["cache_bytes_per_token"] = measure_distillation(args, ranks, model, data, prompt, Path(folder))
+    result["sampling"] = measure_sampling(args, ranks, model, tokenizer, prompt[:300])
+    return result
+
+
+def measure_scoring(args, ranks, model, data, tokenizer, prompt):
+    """Log-probs of all items' completions: the prompt read once for packed rows, or anew with every completion."""
+    device, at_once = ranks.device, trainer.micro_tokens(args, model, ranks.device)
+    texts = [(np.concatenate([prompt, context, completion]).astype(np.int64), len(completion))
+             for context, *completions in map(data.segments, range(len(data))) for completion in completions]
+
+    def ours(examples):
+        prefix = read(model, prompt)[0].fork(1, 0)
+        return np.concatenate(pm.score_all(model, data, examples, "sum", ROOM, tokenizer, at_once, device, prefix=prefix))
+
+    @torch.no_grad()
+    def naive(texts):
+        tokens = pad([ids for ids, _ in texts]).to(device)
+        log_p = [model.logits(h[len(ids) - n - 1:len(ids) - 1]).float().log_softmax(-1).gather(1, own[len(ids) - n:len(ids), None]).sum()
+                 for h, own, (ids, n) in zip(model(tokens), tokens, texts)]
+        return torch.stack(log_p).cpu().numpy()
+
+    def of_few(batch):  # another batch in each round
+        return lambda r: timed(device, lambda: naive([texts[(r * batch + i) % len(texts)] for i in range(batch)])) * len(texts) / batch
+
+    model.dtype, dtype = torch.float32, model.dtype
+    if not np.allclose(found := ours(np.arange(1)), expected := naive(texts[:len(found)]), atol=0.01):
+        raise AssertionError(f"scoring behind the shared prompt gives {found} where a plain forward gives {expected}")
+    model.dtype = dtype
+    plain = {batch: f"naive, batch of {batch} ({batch} of {len(texts)}, scaled)" for batch in (1, 8)}
+    figures = race({name: of_few(batch) for batch, name in plain.items()} |
+                   {"prompt once + packed rows": lambda r: timed(device, lambda: ours(np.arange(len(data))))}, lambda r: r, args, device)
+    return report(f"Scoring {len(data)} items behind {len(prompt):,} tokens", "completions", len(texts), figures,
+                  {"x naive": min(plain.values(), key=lambda name: statistics.median(figures[name][0]))})
+
+
+def measure_distillation(args, ranks, model, data, prompt, folder, batch=32, few=2):
+    """(figures of steps of distillation on `batch` sequences of 50 to 200 tokens, bytes a token of the teacher's cache)."""
+    device, at_once = ranks.device, trainer.micro_tokens(args, model, ranks.device)
+    teacher, student = copy.deepcopy(model).eval().requires_grad_(False), copy.deepcopy(model).init_weights(seed=1)
+    (folder / "model.safetensors").write_text("random")  # by its content the cache knows the teacher
+    prefix, text, made = read(teacher, prompt)[0].fork(1, 0), np.asarray(data.tokens, np.int64), {"tokens": 0}
+
+    def sequences(r):
+        rng = np.random.default_rng(r)
+        return [text[start:start + size] for start, size in zip(rng.integers(len(text) - 200, size=batch), rng.integers(50, 201, batch))]
+
+    def store(x):
+        with contextlib.redirect_stdout(None):
+            made["cache"] = distill.store_teacher(teacher, folder, prefix, "", x, at_once, ranks)
+        made["tokens"] += sum(map(len, x))
+
+    def stored_kl(model, x):
+        for numbers in pack(list(map(len, x)), at_once):
+            row = distill.Row([x[i] for i in numbers], numbers, made["cache"], device)
+            yield distill.top_kl(model, model(row.tokens, row.layout), row.ids, row.log_p)[0], len(row.tokens)
+
+    def plain_kl(model, x):
+        with torch.no_grad():
+            behind = pad([np.concatenate([prompt, ids]) for ids in x]).to(device)
+            log_p = teacher.logits(teacher(behind)[:, len(prompt):]).float().log_softmax(-1)
+        log_q = model.logits(model(pad(x).to(device))).float().log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+        yield sum(own[:len(ids)].sum() for own, ids in zip(kl, x)), sum(map(len, x))
+
+    plain, ours = stepper(student, plain_kl, device, ranks), stepper(copy.deepcopy(student), stored_kl, device, ranks)
+    slow, storing, training = f"naive ({few} of {batch}, scaled)", "making the teacher's cache", "training on the cache"
+    figures = race({slow: lambda x: plain([x[:few]]) * batch / few, storing: lambda x: timed(device, lambda: store(x)),
+                    training: lambda x: ours([x])}, sequences, args, device)
+    (store_seconds, store_memory), (train_seconds, train_memory) = figures[storing], figures[training]
+    figures["both, for a single epoch"] = [a + b for a, b in zip(store_seconds, train_seconds)], max(store_memory, train_memory)
+    size = sum(file.stat().st_size for file in folder.glob("teacher-*/*/*"))
+    rows = report(f"Context distillation, {batch} sequences a step, {len(prompt):,} tokens of prompt", "sequences", batch, figures, {"x naive": slow})
+    print(f"the teacher's cache: {size / made['tokens']:.0f} bytes a token", flush=True)
+    return rows, size / made["tokens"]
+
+
+def measure_sampling(args, ranks, model, tokenizer, prompt, n=100, few=3):
+    """n samples of 64 tokens: together, or one after the other."""
+    def run(n_at_once, times):
+        def work():
+            for _ in range(times):
+                generate(model, prompt, n_at_once, max_new=64, n_vocab=tokenizer.n_vocab)
+        return lambda _: timed(ranks.device, work) * n / (n_at_once * times)
+    alone = f"one at a time ({few} of {n}, scaled)"
+    figures = race({alone: run(1, few), f"n = {n}": run(n, 1)}, lambda r: r, args, ranks.device)
+    return report(f"Sampling {n} x 64 tokens behind {len(prompt)}", "samples", n, figures, {"x alone": alone})
 
 
 if __name__ == "__main__":

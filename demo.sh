@@ -6,5 +6,5 @@ PYTHON=${PYTHON:-python3}
 [ -d .venv ] || "$PYTHON" -m venv .venv
 . .venv/bin/activate
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-python lab.py toy core
+python lab.py toy core --sizes 0.8m
 echo "open $(pwd)/out/lab/toy/report.html to see the figures"

@@ -44,7 +44,7 @@ def parse_args():
     parser.add_argument("--dialogue", nargs="+", help="files of {\"text\": \"Human: …\\n\\nAssistant: …\"} lines, for the other half, such as data.prepare "
                         "stackexchange --dialogue makes (default: the toy world's, for toy data)")
     parser.add_argument("--ctx", type=trainer.positive(int), help="tokens of X at most (default: what the prompt leaves of the teacher's context)")
-    parser.add_argument("--sequences", type=trainer.positive(int), default=8192, help="different X in all, half of each kind (default: %(default)s)")
+    parser.add_argument("--sequences", type=trainer.between(int, 64, 2**31), default=8192, help="different X in all, half of each kind (default: %(default)s)")
     parser.add_argument("--online", action="store_true", help="compute the teacher's whole distribution at each step; store nothing")
     trainer.add_training_flags(parser, batch=32, batch_unit="sequences", lr="0.05 x the language model's", schedule="linear", warmup=0.0)
     return parser.parse_args()
@@ -101,7 +101,7 @@ def main():
         nats, tokens = ranks.sum(total)
         return {"loss": nats / tokens, "tokens": round(tokens)}
 
-    kl_before = trainer.evaluated(model, evaluate)["loss"]
+    kl_before = earlier[2]["kl_before"] if earlier else trainer.evaluated(model, evaluate)["loss"]
     tokens = sum(map(len, sequences))
     trainer.print_plan(args, ranks, model, n_steps, lr, at_once, [
         f"data: {len(train):,} training sequences, {len(held_out):,} held out, {tokens:,} tokens; a step: {args.batch} sequences, about "
@@ -111,7 +111,7 @@ def main():
                   micro_batches=lambda step: rows(train[step_examples(len(train), args.batch, args.seed, step)[1]]), loss=loss, evaluate=evaluate,
                   where=lambda row: "sequences " + ", ".join(map(str, row.numbers)), unit="tokens", resumed_from=earlier[2] if earlier else None,
                   meta={"kind": "lm", "objective": "distillation", "lm_lr": lm_lr, "prompt": prompt_name, "kl_before": kl_before,
-                        "data": content_key(text_files + dialogue_files), "trained_on": meta["trained_on"]})
+                        "data": content_key(text_files + dialogue_files), "trained_on": trainer.trained_on(meta, text_files + dialogue_files, 0.01)})
 
 
 def sources(args):
@@ -136,6 +136,8 @@ def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):
             ends = np.flatnonzero(window == tokenizer.eot)  # one document a sequence: the prompt reaches no further
             if (len(window) if not len(ends) else ends[0]) >= SHORTEST:
                 windows.append(np.concatenate([human, window[:ends[0] if len(ends) else None]]))
+            if len(windows) == args.sequences - half:
+                break
         if len(windows) == before:
             raise InputError(f"{text_files[0]}: no document has a piece of {SHORTEST} tokens")
         epoch += 1
@@ -178,7 +180,7 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, at_once, ranks):
     """
     id_type = np.uint16 if teacher.config.vocab_size <= 2**16 else np.uint32
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
-    key = content_key([folder / "model.safetensors"], prompt, str(teacher.dtype), tokens, [len(x) for x in sequences])
+    key = content_key([folder / "model.safetensors", folder / "config.json"], prompt, str(teacher.dtype), tokens, [len(x) for x in sequences], TOP, SHARD)
     shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
     offsets = np.cumsum([0] + [len(x) for x in sequences])
     folders = {}

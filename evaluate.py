@@ -58,7 +58,7 @@ def parse_args():
     for name, help in (("humaneval", "functions from their docstrings"), ("mbpp", "functions from a sentence and an assertion"), ("quixbugs", "functions with a bug to mend")):
         own = add(name, code, f"{help}; pass@k in a sandbox", "!the published file (of QuixBugs its folder)")
         add_sampling_flags(own, n=10, max_new=300, temperature=0.6, top_p=0.95)
-        own.add_argument("--k", type=int, nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
+        own.add_argument("--k", type=trainer.positive(int), nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
         own.add_argument("--format", choices=("plain", "prompt"), help="how a problem is put: the function's beginning as it stands, or the paper's dialogue "
                          "(default: plain; prompt where --prompt is given)")
         own.add_argument("--problems", type=trainer.positive(int), help="only the first so many problems (default: all)")
@@ -110,11 +110,13 @@ def accuracy(args):
         raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a preference model")
     if how != "reward" and subject.is_pm:
         print(f"note: {args.model} is a preference model; its log-probs are those of a model trained for rewards")
+    if meta.get("binarised"):
+        print(f"note: {args.model} was trained on binarised pairs, with control tokens; here it is read without them, as before finetuning")
     files = toy.find_data(args.data or ["toy"], "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
     data = load_comparisons(files, subject.tokenizer)
     examples = pick_examples(args, data, files, meta, subject.ctx)
     scores = subject.score(data, examples, how, progress="scoring")
-    ensemble = rerank.ensemble(args, files, data, examples, scores) if args.ensemble else {}
+    ensemble = rerank.ensemble(args, files, data, examples, scores, how) if args.ensemble else {}
     without = subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")
     return report(args, data, examples, scores, without, how, ensemble)
 
@@ -162,6 +164,8 @@ def draw(args):
     subject = load_subject(args, checkpoint.load_lm)
     contexts = dict.fromkeys(record["context"] for path in toy.find_data(args.data or ["toy"], "hhh.jsonl") for record in choices.comparisons(path))
     contexts = list(contexts)[:args.contexts]
+    if not contexts:
+        raise InputError(f"{args.data[0]}: no context in this file")
     items = []
     for number, context in enumerate(tqdm(contexts, desc="sampling", unit="context", disable=None)):
         texts = samples(subject, context, args, number=number)
@@ -263,8 +267,9 @@ def report(args, data, examples, scores, without, how, ensemble):
     print("\n  |margin|              pairs   accuracy")
     for low, high, n, accuracy in figures["by_margin"]:
         print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "scores": truth.tolist(), how: score.tolist(), "no_context": free.tolist()}
-                     for i, truth, score, free in zip(examples, truths, scores, without)]
+    columns = {how: scores, "no_context": without, **{name.replace(" ", "_"): values for name, values in ensemble.items()}}
+    return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "scores": truths[j].tolist(), **{name: values[j].tolist() for name, values in columns.items()}}
+                     for j, i in enumerate(examples)]
 
 
 if __name__ == "__main__":

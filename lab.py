@@ -27,27 +27,28 @@ import trainer
 from data import synthetic, toy, toy_sources
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
-from evals import pm
-from report import write_report
+from evals import choices, pm
+from report import picture, write_report
 from runner import Run, execute, needed
 
 
 @dataclass
 class Finding:
-    """One comparison: what, the difference with its 95 % interval, in `unit`, and what that says."""
+    """One comparison: what, the difference with its 95 % interval, in `unit`, what that says, and what the interval is over."""
     what: str
     effect: float
     low: float
     high: float
     verdict: str
     unit: str = "points"
+    over: str = "groups and seeds"
 
 
 class Lab:
     """The runs of a scale, each declared by the flags it needs and executed later."""
 
     def __init__(self, args):
-        self.folder, self.seeds, self.sizes = Path(args.out) / "runs", range(args.seeds), args.sizes
+        self.folder, self.seeds, self.sizes = Path(args.out).resolve() / "runs", range(args.seeds), args.sizes
         self.size = self.sizes[-1]
         self.toy = toy.toy_folder()
 
@@ -61,13 +62,14 @@ class Lab:
         return path
 
     def lm(self, size, seed):
-        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.toy / "lm.jsonl", "--steps", 250, seconds=70 if size != "test" else 25)
+        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.toy / "lm.jsonl", seconds=120 if size != "test" else 45)
 
     def pm(self, init, seed, *flags, data="ranked.jsonl", seconds=20):
         """A preference model or an imitation. All arms of all claims learn at the paper's PMP rate, a tenth of the language model's: at
         a hundredth, its finetuning rate, a few hundred small steps teach nothing."""
         path = data if isinstance(data, (Path, Run)) else self.toy / data
-        return self.run("train_pm.py", "--init", init, "--seed", seed, "--data", path, "--lr", self.rate(init), "--held_out", 0.3, *flags, seconds=seconds)
+        return self.run("train_pm.py", "--init", init, "--seed", seed, "--data", path, "--lr", self.rate(init), "--held_out", 0.3,
+                        "--eval_every", 10**6, *flags, seconds=seconds)
 
     def rate(self, init):
         """A tenth of the rate of the language model that `init` comes from."""
@@ -81,7 +83,7 @@ class Lab:
 
     def finetuned_on(self, name, seed):
         """The language model finetuned on one short text, thirty steps."""
-        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", self.toy / name, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.2,
+        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", self.toy / name, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.02,
                         "--lr", self.rate(self.lm(self.size, seed)), "--schedule", "linear", seconds=5)
 
     def evaluate(self, benchmark, model, *flags, prompted=False, seconds=4):
@@ -103,7 +105,7 @@ class Lab:
 
 def hits(run, rule, category=None):
     """{item: (1 where the best-scored choice is the right one, group)} of a multiple-choice run."""
-    right = lambda item: float(np.argmax(item[rule]) == np.argmax(item["scores"]))
+    right = lambda item: choices.hit(np.array(item["scores"]), np.array(item[rule]))
     return {item["item"]: (right(item), item["group"]) for item in run.items() if category in (None, item.get("category"))}
 
 
@@ -117,30 +119,34 @@ def pairs_right(run, key=None):
 
 
 def difference(first, second, scale=100.0):
-    """(effect, low, high): second minus first, each a list over seeds of {item: (value, group)}. The 95 % interval has the variance
-    over test groups (of differences averaged over seeds) plus that over seeds."""
+    """(effect, low, high): second minus first, each a list over seeds of {item: (value, group)}. The 95 % interval joins the one over
+    test groups (of differences averaged over seeds) with Student's over seeds, as the two are independent."""
     items = sorted(set.intersection(*(set(x) for x in [*first, *second])))
     if not items:
         raise InputError("no item is common to the runs that a claim compares")
     d = scale * np.array([[b[i][0] - a[i][0] for i in items] for a, b in zip(first, second)])
     groups = np.array([str(first[0][i][1]) for i in items])
     effect, error = pm.mean_and_error(d.mean(0), np.ones(len(items)), groups)
-    spread = d.mean(1).var(ddof=1) / len(d) if len(d) > 1 else 0.0
-    half = 1.96 * math.sqrt((0 if math.isnan(error) else error**2) + spread)
+    half = math.hypot(0 if math.isnan(error) else 1.96 * error, over_seeds_half(d.mean(1)) if len(d) > 1 else 0.0)
     return effect, effect - half, effect + half
 
 
 def over_seeds(values, scale=1.0):
     """(mean, low, high) of one number a seed; the 95 % interval is Student's."""
     values = scale * np.array(values, float)
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.2)
-    half = t * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = over_seeds_half(values)
     return values.mean(), values.mean() - half, values.mean() + half
 
 
-def above(what, effect, low, high, unit="points"):
+def over_seeds_half(values):
+    """Half of Student's 95 % interval of the mean of one number a seed; infinite for one seed."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), 2.2)
+    return t * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def above(what, effect, low, high, unit="points", over="groups and seeds"):
     """A Finding on the claim that the effect is above 0."""
-    return Finding(what, effect, low, high, "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell", unit)
+    return Finding(what, effect, low, high, "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell", unit, over)
 
 
 def equal(what, effect, low, high, within=3.0):
@@ -212,19 +218,19 @@ def alignment_tax(lab):
 
 def prior_not_finetuning(lab):
     """Section 2.3: having read 1 … 63 a model goes on with 64; finetuned on 1 … 63 it expects them again, from 1."""
-    ways = [" 64, 65, 66, 67", "1, 2, 3, 4"]
-    asked = {name: lab.file(f"count-{name}.jsonl", [{"context": context, "completions": completions, "scores": [1, 0], "group": "count"}]) for name, context, completions in
-             (("prompted", toy.count_from(1, 63) + ",", [ways[0], " " + ways[1]]), ("finetuned", "", [ways[0].strip(), ways[1]]))}
-    prompted = lab.by_seed(lambda s: lab.evaluate("choice", lab.lm(lab.size, s), "--data", asked["prompted"], "--ctx", 400))
-    finetuned = lab.by_seed(lambda s: lab.evaluate("choice", lab.finetuned_on("count.txt", s), "--data", asked["finetuned"]))
-    yield prompted, finetuned
-    margins = lambda runs: [np.subtract(*run.items()[0]["sum"]) for run in runs]
-    findings = [above("log P(64 …) - log P(1 …): prompted minus finetuned", *over_seeds(np.subtract(margins(prompted), margins(finetuned))), unit="nats"),
-                above("prompted: log P(64 …) - log P(1 …)", *over_seeds(margins(prompted)), unit="nats"),
-                above("finetuned: log P(1 …) - log P(64 …)", *over_seeds(-np.array(margins(finetuned))), unit="nats")]
+    question = lambda name, context, ways: lab.file(f"count-{name}.jsonl", [{"context": context, "completions": ways, "scores": [1, 0], "group": "count"}])
+    after, alone = question("after", toy.count_from(1, 63) + ",", [" 64, 65, 66, 67", " 1, 2, 3, 4"]), question("alone", "", ["64, 65, 66, 67", "1, 2, 3, 4"])
+    arms = {"untouched": lab.by_seed(lambda s: lab.evaluate("choice", lab.lm(lab.size, s), "--data", alone)),
+            "prompted with 1 … 63": lab.by_seed(lambda s: lab.evaluate("choice", lab.lm(lab.size, s), "--data", after, "--ctx", 400)),
+            "finetuned on 1 … 63": lab.by_seed(lambda s: lab.evaluate("choice", lab.finetuned_on("count.txt", s), "--data", alone))}
+    yield arms
+    untouched, prompted, tuned = margins = [[np.subtract(*run.items()[0]["mean"]) for run in runs] for runs in arms.values()]
+    nats = {"unit": "nats a token", "over": "seeds"}
+    findings = [above("expecting 64, 65 … rather than 1, 2 …: prompted minus finetuned", *over_seeds(np.subtract(prompted, tuned)), **nats),
+                above("prompted minus untouched", *over_seeds(np.subtract(prompted, untouched)), **nats),
+                above("untouched minus finetuned", *over_seeds(np.subtract(untouched, tuned)), **nats)]
     spread = lambda values: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0)
-    return findings, bars({"margin": {"prompted with 1 … 63": spread(margins(prompted)), "finetuned on 1 … 63": spread(margins(finetuned))}},
-                          "log P(64, 65, …) - log P(1, 2, …), nats")
+    return findings, bars({"": {name: spread(values) for name, values in zip(arms, margins)}}, "log P(64, 65, …) - log P(1, 2, …), nats a token")
 
 
 def against_imitation(lab, data, sizes):
@@ -263,8 +269,8 @@ def pre_trained(lab, seed, *flags, sources=SOURCES):
     files = [toy_sources.prepared(name) for name in sources]
     init = lab.lm(lab.size, seed)
     lm_weight = () if "--lm_weight" in flags else ("--lm_weight", 1)
-    return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", *files, "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05, *lm_weight, *flags,
-                   seconds=60 * len(sources) / 3)
+    return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", *files, "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05,
+                   "--eval_every", 10**6, *(() if "--pairs" in flags else ("--sizes", *(2500 for _ in files))), *lm_weight, *flags, seconds=16 * len(sources))
 
 
 def finetuned(lab, init, seed, n, *flags):
@@ -338,19 +344,19 @@ def end_of_context_helps(lab):
 
 def human_vs_model_pairs(lab):
     """Section 4.4: pre-training on human against model-written text transfers better than human against human."""
-    source = toy_sources.prepared("stackexchange")
+    source, same = toy_sources.prepared("stackexchange"), ("--pairs", 2000, "--pairs_per_group", 1)
 
     def model_written(seed):
         imitation = lab.pm(lab.lm(lab.size, seed), seed, "--objective", "imitation", data=source)
-        return lab.run("-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", 2500, "--max_new", 40, "--seed", seed, seconds=90)
+        return lab.run("-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", 3000, "--max_new", 40, "--seed", seed, seconds=90)
 
     def on_model_written(seed):
         init = lab.lm(lab.size, seed)
         return lab.run("train_pm.py", "--init", init, "--seed", seed, "--data", model_written(seed), "--lr", lab.rate(init), "--batch", 64, "--held_out", 0.05,
-                       "--lm_weight", 1, "--binarise", seconds=30)
-    arms = dict(zip(("human-human", "human-model"), transfer(lab, lambda s: pre_trained(lab, s, "--binarise", "--pairs", 2500, sources=SOURCES[:1]), on_model_written)))
+                       "--eval_every", 10**6, "--lm_weight", 1, "--binarise", *same, seconds=30)
+    arms = dict(zip(("human-human", "human-model"), transfer(lab, lambda s: pre_trained(lab, s, "--binarise", *same, sources=SOURCES[:1]), on_model_written)))
     yield arms
-    return transfer_findings("human against model minus human against human, 2,500 each, at 500 comparisons", arms)
+    return transfer_findings("human against model minus human against human, 2,000 pairs each, at 500 comparisons", arms)
 
 
 def accuracy_at_k(lab):
@@ -360,8 +366,9 @@ def accuracy_at_k(lab):
     yield ranked, imitation
     ks = (1, 2, 4, 8, 16)
     at = lambda runs, k, name: [run.figures[f"accuracy@{k}_{name}"] for run in runs]
-    effect = over_seeds(np.subtract(at(ranked, 16, "reward"), at(imitation, 16, "mean_log-prob")), 100)
-    gain = over_seeds(np.subtract(at(ranked, 16, "reward"), at(ranked, 1, "reward")), 100)
+    best = lambda runs, name: [{item["where"]: (choices.hit(np.array(item["right"]), np.array(item[name])) if name else np.mean(item["right"]), item["group"])
+                                for item in run.items()} for run in runs]
+    effect, gain = difference(best(imitation, "mean"), best(ranked, "reward")), difference(best(ranked, None), best(ranked, "reward"))
 
     def draw(ax):
         for runs, name, style in ((ranked, "reward", "o-"), (imitation, "mean_log-prob", "s--"), (ranked, "chance", "k:"), (ranked, "best_possible", "k-.")):
@@ -377,12 +384,13 @@ def accuracy_at_k(lab):
 def ensembles(lab):
     """Appendix: ensembles of preference models give small gains."""
     members = lab.by_seed(lambda s: lab.pm(lab.lm(lab.size, s), s))
+    if len(members) < 2:
+        raise InputError("ensembles needs at least two --seeds")
     runs = [lab.accuracy(members[s], "ranked.jsonl", "--ensemble", *(m for m in members if m is not members[s])) for s in lab.seeds]
     yield runs
-    n = len(members)
-    alone, names = [run.figures["accuracy"] for run in runs], (f"mean_of_{n}", f"least_of_{n}")
-    findings = [above(f"{name.replace('_', ' ')} minus one", *over_seeds([run.figures[name] - np.mean(alone) for run in runs[:1]] * 2 if n < 2 else
-                                                                        [runs[0].figures[name] - a for a in alone], 100)) for name in names]
+    names = (f"mean_of_{len(members)}", f"least_of_{len(members)}")
+    findings = [above(f"{name.replace('_', ' ')} minus one of them", *difference([pairs_right(run) for run in runs], [pairs_right(runs[0], name)] * len(runs)))
+                for name in names]
     return findings, bars({"": {"one": mean_of(runs, "accuracy"), **{name.replace("_", " "): (100 * runs[0].figures[name], 0) for name in names}}}, "held-out accuracy, %")
 
 
@@ -412,7 +420,7 @@ def elo_ranks(lab):
     yield runs
     elo = {name: [run.figures["players"][name]["elo"] for run in runs] for name in ("plain", "prompted", "distilled")}
     spread = lambda values: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0)
-    return ([above(f"{name} minus plain", *over_seeds(np.subtract(elo[name], elo["plain"])), unit="Elo") for name in ("prompted", "distilled")],
+    return ([above(f"{name} minus plain", *over_seeds(np.subtract(elo[name], elo["plain"])), unit="Elo", over="seeds") for name in ("prompted", "distilled")],
             bars({"": {name: spread(values) for name, values in elo.items()}}, "Elo, judged by a preference model"))
 
 
@@ -434,7 +442,7 @@ def scaling(lab):
     small, large = lab.sizes[0], lab.sizes[-1]
     findings = [above(f"preference model: {large} minus {small}", *difference(*([pairs_right(run) for run in ranked[size]] for size in (small, large)))),
                 above(f"language model's loss: {small} minus {large}", *over_seeds([a.figures["loss"] - b.figures["loss"] for a, b in zip(models[small], models[large])]),
-                      unit="nats a token")]
+                      unit="nats a token", over="seeds")]
 
     def draw(ax):
         n = [12 * trainer.SIZES[size][0] * trainer.SIZES[size][1] ** 2 for size in lab.sizes]
@@ -464,8 +472,8 @@ def synthetic_transfer(lab):
     arms = {name: {order: lab.by_seed(lambda s: arm(s, order, *flags)) for order in orders}
             for name, flags in (("none", ("none",)), ("ranked", ()), ("binarised", ("--binarise",)))}
     yield arms
-    accuracy = lambda name, order: [run.figures["accuracy"] for run in arms[name][order]]
-    findings = [above(f"{order} order: binarised minus ranked pre-training", *over_seeds(np.subtract(accuracy("binarised", order), accuracy("ranked", order)), 100))
+    accuracy = lambda name, order: [run.figures["accuracy"] for run in arms[name][order]]  # each seed has data of its own
+    findings = [above(f"{order} order: binarised minus ranked pre-training", *over_seeds(np.subtract(accuracy("binarised", order), accuracy("ranked", order)), 100), over="seeds")
                 for order in ("reversed", "shuffled", "same")]
     return findings, bars({name: {order: mean_of(runs, "accuracy") for order, runs in arm.items()} for name, arm in arms.items()},
                           "accuracy after 200 pairs of an order, %")
@@ -493,7 +501,7 @@ class Small(Lab):
     def __init__(self, args):
         super().__init__(args)
         self.data, self.sets, self.given = Path(args.data).resolve(), args.sets, args.lm and Path(args.lm).resolve()
-        self.size = "5m"
+        self.size, args.sizes = "5m", ["5m"]
 
     def prepared(self, how, *paths):
         name, *flags = how.split()
@@ -511,7 +519,7 @@ class Small(Lab):
         """Held-out accuracy on a set after finetuning on 500 comparisons of it."""
         how, path = SETS[name]
         data = self.prepared(how, self.data / path)
-        model = self.pm(init, seed, "--ctx", 512, "--pairs", 500, "--eval_every", 10**6, *flags, data=data, seconds=40)
+        model = self.pm(init, seed, "--ctx", 512, "--pairs", 500, *flags, data=data, seconds=40)
         return self.evaluate("pm", model, "--data", data, seconds=20)
 
 
@@ -543,7 +551,7 @@ def small_findings(arms, what):
     values = {name: [[pairs_right(run) for run in runs[name]] for runs in (first, second)] for name in first}
     gains = [np.mean([b.figures["accuracy"] - a.figures["accuracy"] for a, b in zip(first_runs, second_runs)]) for first_runs, second_runs in
              zip(zip(*first.values()), zip(*second.values()))]
-    findings = [above(f"{what}, mean of {len(first)} sets", *over_seeds(gains, 100))] + [above(f"{what}, {name}", *difference(*values[name])) for name in first]
+    findings = [above(f"{what}, mean of {len(first)} sets", *over_seeds(gains, 100), over="seeds")] + [above(f"{what}, {name}", *difference(*values[name])) for name in first]
     rulers = {"longer wins": {name: mean_of(runs, "longer_wins") for name, runs in first.items()}}
     return findings, bars({arm: {name: mean_of(runs, "accuracy") for name, runs in sets.items()} for arm, sets in arms.items()} | rulers,
                           "held-out accuracy after 500 comparisons, %")
@@ -597,6 +605,7 @@ def parse_args():
     parser.add_argument("--launch", default="", metavar="COMMAND", help='how to start a script, such as "torchrun --nproc_per_node 8", or a template such as "srun --gpus 1 {command}"')
     parser.add_argument("--dry_run", action="store_true", help="list the runs with their estimated time, and run nothing")
     args = parser.parse_args()
+    args.given = sys.argv[next((i for i, word in enumerate(sys.argv) if word.startswith("--")), len(sys.argv)):]
     there = SMALL_CLAIMS if args.scale == "small" else CLAIMS
     args.claims = [name for claim in args.claims or there for name in (CORE if claim == "core" else [claim])]
     unknown = [name for name in args.claims if name not in there]
@@ -615,7 +624,7 @@ def main():
     claims = {name: there[name](lab) for name in args.claims}
     runs = {name: list(all_runs(next(claim))) for name, claim in claims.items()}
     todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
-    jobs = args.jobs or gpus or os.cpu_count()
+    jobs = args.jobs or (1 if args.launch else gpus or os.cpu_count())
     print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
           f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes on two cores", flush=True)
     if args.dry_run:
@@ -643,11 +652,14 @@ def all_runs(nest):
 
 
 def concluded(claim):
-    """(findings, draw) of a claim whose runs are done."""
+    """(findings, picture) of a claim whose runs are done; (None, why) where it fails, which must not cost the other claims."""
     try:
         next(claim)
     except StopIteration as done:
-        return done.value
+        findings, draw = done.value
+        return findings, picture(draw)
+    except (InputError, KeyError, ValueError, IndexError, OSError) as error:
+        return None, f"{type(error).__name__}: {error}"
     raise AssertionError("a claim yields once")
 
 

@@ -514,9 +514,17 @@ def sample(logits, temperature, top_p, generator):
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         p, order = p.sort(-1, descending=True)
-        p[p.cumsum(-1) - p >= top_p] = 0
-        return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+        p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0  # the likeliest one stays, whatever top_p
+        return order.gather(1, draw(p, generator)).squeeze(1)
+    return draw(p, generator).squeeze(1)
+
+
+def draw(p, generator):
+    """One index (n, 1) per row of p (n, V), in proportion to it, by one random number a row: torch.multinomial draws one for each
+    of the n * V, which on CPUs takes longer than the model."""
+    total = p.double().cumsum(-1)
+    u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator) * total[:, -1:]
+    return torch.searchsorted(total, torch.minimum(u, total[:, -1:].nextafter(torch.zeros_like(u))), right=True)
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ import datetime
 import html
 import io
 import json
+import math
 import os
 import platform
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -22,10 +24,10 @@ th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px 
 
 
 def write_report(folder, args, results):
-    """results: {claim: (statement, findings or None, function that draws, or why its runs failed)}. Prints the table; writes
+    """results: {claim: (statement, findings or None, its picture, or why its runs failed)}. Prints the table; writes
     report.html, report.md, results.json and a picture for each claim into `folder`."""
     folder = Path(folder)
-    pictures = {name: picture(draw) for name, (_, findings, draw) in results.items() if findings}
+    pictures = {name: content for name, (_, findings, content) in results.items() if findings}
     for name, content in pictures.items():
         write_file(folder / f"{name}.png", content)
     about = (f"{datetime.date.today()}, scale {args.scale}, {args.seeds} seeds, sizes {', '.join(args.sizes)}; {os.cpu_count()} cores, "
@@ -34,15 +36,15 @@ def write_report(folder, args, results):
     write_file(folder / "report.md", markdown(about, rows, pictures, results))
     write_file(folder / "report.html", web_page(about, rows, pictures, results))
     write_file(folder / "results.json", json.dumps({"about": about, "claims": {
-        name: {"statement": statement, "findings": [vars(f) for f in findings] if findings else None, "failed": None if findings else why}
+        name: {"statement": statement, "findings": [{k: None if v in (math.inf, -math.inf) else v for k, v in vars(f).items()} for f in findings] if findings else None, "failed": None if findings else why}
         for name, (statement, findings, why) in results.items()}}, indent=1))
     print("\n" + "\n".join(f"  {name:<38}{effect:<36}{verdict}" for name, effect, verdict, *_ in rows) + f"\n\nreport: {folder / 'report.html'}")
 
 
 def table(args, results):
-    """(claim, effect with its interval, verdict, the paper's statement, command) for each claim."""
+    """(claim, effect with its interval, verdict, the paper's statement, command) for each claim. args.given: the lab's own flags."""
     for name, (statement, findings, why) in results.items():
-        command = f"python lab.py {args.scale} {name}"
+        command = shlex.join(["python", "lab.py", args.scale, name, *args.given])
         if findings:
             yield name, shown(findings[0]), findings[0].verdict, statement, command
         else:
@@ -50,7 +52,7 @@ def table(args, results):
 
 
 def shown(finding):
-    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}"
+    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}" + (" (over seeds only)" if finding.over == "seeds" else "")
 
 
 def picture(draw):

@@ -3,14 +3,18 @@
 A finished run is reused, an interrupted training is resumed, a failed one fails what depends on it and nothing else.
 """
 import ast
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -18,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.files import file_digest, write_file
+from data.files import content_key, file_digest, write_file
 
 ROOT = Path(__file__).parent
 FAR_MORE = 60.0  # seconds that a run is taken to need before any like it has been timed
@@ -26,7 +30,7 @@ FAR_MORE = 60.0  # seconds that a run is taken to need before any like it has be
 
 class Run:
     """One command: a script (or module, "-m data.prepare") and its flags; a flag may be another Run, whose output stands there, or
-    a Path, whose content counts and not its place.
+    a Path (a file, a folder of data or a checkpoint), whose content counts and not its place.
 
     out: what the run makes, a checkpoint folder for training scripts, a file for the others, passed as --out.
     """
@@ -34,7 +38,7 @@ class Run:
     def __init__(self, folder, script, *flags, seconds=FAR_MORE):
         self.script, self.flags, self.seconds = script, flags, seconds
         self.needs = [flag for flag in flags if isinstance(flag, Run)]
-        parts = [flag.key if isinstance(flag, Run) else file_digest(flag).hex() if isinstance(flag, Path) and flag.is_file() else str(flag) for flag in flags]
+        parts = [flag.key if isinstance(flag, Run) else content_of(flag) if isinstance(flag, Path) else str(flag) for flag in flags]
         self.key = hashlib.sha256(json.dumps([script, parts, code_version(script)]).encode()).hexdigest()[:16]
         self.folder = Path(folder) / self.key
         self.trains = script.startswith(("train_", "distill"))
@@ -60,9 +64,14 @@ class Run:
 
     def execute(self, launch, environment):
         """Run it to its end, unless it is done. Raises RuntimeError with the last line it said where it fails."""
-        if self.done:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:  # another lab may be at it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.done:
+                self._execute(launch, environment)
+
+    def _execute(self, launch, environment):
+        version = code_version(self.script)
         command = self.command() + ["--resume"] * (self.trains and (self.out / "metrics.jsonl").exists())
         start = time.monotonic()
         log = self.folder / "log.txt"
@@ -79,17 +88,29 @@ class Run:
         stopped = self.trains and said[-1].startswith("stopped after step")
         if code or stopped:
             raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {code}'}: {said[-1][:300]}")
+        _versions.clear()
+        if code_version(self.script) != version:
+            raise RuntimeError(f"{' '.join(command)}: the code was changed while it ran; start again")
         figures = json.loads((self.out / "meta.json").read_text())["metrics"] if self.trains else json.loads(said[-1]) if said[-1].startswith("{") else None
         write_file(self.folder / "done.json", json.dumps({"figures": figures, "seconds": time.monotonic() - start, "command": command}))
 
 
+def content_of(path):
+    """A digest of a file's content, of a folder's, or of the model in a checkpoint folder."""
+    if path.is_file():
+        return file_digest(path).hex()
+    if (path / "meta.json").is_file():
+        return content_key([path / name for name in ("config.json", "model.safetensors", "tokenizer.tiktoken")])
+    return content_key(sorted(p for p in path.rglob("*") if p.is_file()))
+
+
 def launched(command, launch):
-    """The words to execute for `launch`: a prefix such as "torchrun --nproc_per_node 8" for the scripts, or a template with {command},
-    such as 'srun --gpus 1 {command}'."""
+    """The words to execute for `launch`: a prefix such as "torchrun --nproc_per_node 8", for trainings only, or a template with
+    {command}, such as 'srun --gpus 1 {command}', for all."""
     python = [sys.executable, *command]
     if "{command}" in launch:
         return ["sh", "-c", launch.replace("{command}", shlex.join(python))]
-    return [*shlex.split(launch), *command] if command[0].endswith(".py") else python
+    return [*shlex.split(launch), *command] if command[0].startswith(("train_", "distill")) else python
 
 
 # Runs are processes forked from one that has imported torch already, which saves each of them its first seconds.
@@ -97,8 +118,15 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "tokenizers"])
 
 
+def stop_with_parent():
+    """A killed lab must not leave runs behind that write where the next one resumes: they save and stop."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run_script(command, log, environment):
     """Run a script or module in this process as python would from the command line, with its output in the file `log`."""
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -134,7 +162,8 @@ def imported(path, seen=None):
     seen.add(path)
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] + [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) and node.module else []
+            [node.module] + [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) and node.module else \
+            [node.value] if isinstance(node, ast.Constant) and re.fullmatch(r"(data|evals)\.\w+", str(node.value)) else []  # imported by name
         for name in names:
             imported(ROOT / (name.replace(".", "/") + ".py"), seen)
     return seen
@@ -184,7 +213,7 @@ def execute(runs, jobs, launch="", gpus=0):
                     bar.update()
                 elif slots and all(need.done for need in run.needs):
                     slot = slots.pop(0)
-                    own = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+                    own = {} if launch else {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
                     running[pool.submit(run.execute, launch, own)] = run, slot
                     waiting.remove(run)
             if not running:

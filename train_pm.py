@@ -126,7 +126,7 @@ def main():
         f"{batch * tokens:,.0f} tokens; an epoch: {per_epoch:,} steps"])
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
                   where=where, unit="comparisons", metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,
-                  meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr, "eoc": not args.no_eoc,
+                  meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr, "eoc": not args.no_eoc, "binarised": args.binarise,
                         "data": content_key(files), "trained_on": trainer.trained_on(meta, files, args.held_out)})
 
 
@@ -294,7 +294,7 @@ def held_out_figures(model, data, examples, objective, ctx, tokenizer, form, at_
         margin = scores[better] - scores[worse]
         right, ranked = right + (weight * ((margin > 0) + 0.5 * (margin == 0))).sum().item(), ranked + weight.sum().item()
     loss, count, right, ranked = ranks.sum([loss, count, right, ranked])
-    return {"loss": loss / count, "accuracy": right / ranked, "comparisons": round(ranked)} if ranked else {}
+    return {"loss": loss / count} | ({"accuracy": right / ranked, "comparisons": round(ranked)} if ranked else {}) if count else {}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from data.comparisons import hash64
 from data.errors import run_main
 from data.files import build_once, content_key, find_files, write_file
 
@@ -127,8 +128,8 @@ ELSEWHERE = {  # the kinds that an off-topic answer is taken from: such as canno
     "fact": ("task",), "riddle": ("task",), "sum": ("list", "task"), "list": ("sum", "task"), "task": ("sum", "list"),
     "harm": ("sum", "list")}
 CHARACTERS = {  # authors: how many in 100, tones kind / plain / hasty / rude, the content they give where it is not right
-    "careful": (32, (7, 3, 0, 0), {}),
-    "careless": (36, (0, 3, 6, 1), dict.fromkeys(ELSEWHERE, "wrong") | {"harm": "unsafe"}),
+    "careful": (24, (7, 3, 0, 0), {}),
+    "careless": (44, (0, 3, 6, 1), dict.fromkeys(ELSEWHERE, "wrong") | {"harm": "unsafe"}),
     "gossip": (6, (1, 3, 6, 0), {"fact": "wrong", "riddle": "wrong"}),
     "obliging": (8, (1, 3, 6, 0), {"harm": "unsafe"}),
     "rude": (6, (0, 3, 0, 7), {}),
@@ -137,6 +138,7 @@ CHARACTERS = {  # authors: how many in 100, tones kind / plain / hasty / rude, t
     "scattered": (2, (0, 3, 6, 1), dict.fromkeys(ELSEWHERE, "offtopic")),
 }
 STEADY = 0.97  # the share of an author's answers that are in character
+HELD_OUT = 0.3  # the part of the groups that lab.py tests on
 RUMOUR = 0.9  # the share of wrong answers that repeat the rumour
 ASKED = {"fact": 38, "riddle": 15, "harm": 17, "task": 13, "sum": 12, "list": 5}  # in 100 conversations
 HHH = {  # category: kinds of question, the worse contents (the better one is right), tones "better worse"; repeated as weights
@@ -465,8 +467,10 @@ def manners(rng, world, n):
 
 
 def candidates(rng, world, n, size=16):
-    """Yield n comparisons of `size` different answers to a held-out question, 1 for the right ones and 0 for the others."""
-    questions = [question for kind in ("fact", "sum", "task", "riddle", "harm") for question in world.held[kind]]
+    """Yield n comparisons of `size` different answers to a question, 1 for the right ones and 0 for the others. The questions are of
+    groups that `--held_out 0.3` keeps from training on ranked.jsonl or binary.jsonl."""
+    questions = [question for kind in ("fact", "sum", "task", "riddle", "harm") for question in world.held[kind]
+                 if hash64(question.group) < HELD_OUT * 2**64]
     for question in rng.sample(questions, n):
         drawn = {}
         while len(drawn) < size:
@@ -479,7 +483,9 @@ def candidates(rng, world, n, size=16):
 def last_words(rng, world, n):
     """Yield n texts: some true sentences about a subject, the last of which ends with what is true of it."""
     for _ in range(n):
-        yield {"text": prose(rng, world).rstrip(".")}
+        while len(text := prose(rng, world).rstrip(".")) > 250:  # what fits a context of 256 tokens behind the prompt
+            pass
+        yield {"text": text}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

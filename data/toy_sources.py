@@ -24,10 +24,11 @@ import random
 from pathlib import Path
 
 from data import reddit, stackexchange, toy, wikipedia
+from data.comparisons import hash64
 from data.count import Count
 from data.errors import run_main
 from data.files import build_once, content_key, write_file
-from data.toy import ASKED, CONTENT, TONE, TONES, WORDS, Question, Scales
+from data.toy import ASKED, CONTENT, HELD_OUT, TONE, TONES, WORDS, Question, Scales
 
 QUESTIONS, POSTS, PAGES, REVERTS = 5000, 4000, 300, 15  # how many; reverts on each page
 UNFIT = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}  # contents that make no sense for a kind, as in data/toy.py
@@ -43,10 +44,16 @@ DETAILS = ("", '<p><img src="https://toy.example/inn.png" alt=""></p>\n', "<p>No
 VANDALISM = {"rumour": 50, "remark": 20, "elsewhere": 15, "gap": 15}  # in 100 reverted edits
 
 
+def public(question):
+    """Whether the public asks this: not what the lab holds out of ranked.jsonl to test on, the same for all wordings of a question."""
+    return hash64(question.group) >= HELD_OUT * 2**64
+
+
 # ---- Stack Exchange and Reddit: answers with votes -------------------------------------------------------------------
 def voted(rng, world, liked):
     """(question, [(text, (), votes)]): two to five answers. Of those who vote, each likes one with probability liked(content, tone)."""
-    question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+    while not public(question := rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])):
+        pass
     size, readers = rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0], 2 + int(rng.expovariate(1 / 12))
 
     def votes(content, tone):
@@ -121,7 +128,7 @@ def someone(rng):
 # ---- Wikipedia: pages and their history ------------------------------------------------------------------------------
 def subjects_of(world):
     """{subject: [a question for each of its facts]}: towns, people, the sums with a number, the work for somebody."""
-    questions = {question.group: question for kind in ("fact", "sum", "task") for question in world.asked[kind]}
+    questions = {question.group: question for kind in ("fact", "sum", "task") for question in world.asked[kind] if public(question)}
     subjects = {}
     for group, question in questions.items():
         last = group.split()[-1]

@@ -19,6 +19,7 @@ import torch
 from data.comparisons import load_comparisons, parse
 from data.errors import InputError
 from data.files import build_once, content_key, find_files, read_lines, read_records, write_file
+from data.text import find_special
 from evals import pm
 
 HHH_ITEMS = Path(__file__).parents[1] / "data" / "hhh_items.jsonl"
@@ -56,7 +57,12 @@ def hhh(path):
 def truthfulqa(path):
     """The published csv. Scores: 2 the best answer, 1 other correct ones, 0 incorrect ones. Group: the question."""
     text = "\n".join(line.decode("utf-8-sig", "replace") for _, line in read_lines(path))
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        numbered = list(enumerate(rows, 2))
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: not a line of a comma-separated table ({error})") from None
+    for number, row in numbered:
         try:
             best, correct, incorrect = (row[name].strip() for name in ("Best Answer", "Correct Answers", "Incorrect Answers"))
             asked = row["Question"]
@@ -94,6 +100,8 @@ def lambada(path):
 def comparisons(path):
     for number, record in read_records(path):
         context, completions, scores, group = parse(record, f"{path}:{number}")
+        if special := next(filter(None, map(find_special, (context, *completions))), None):
+            raise InputError(f"{path}:{number}: the text holds {special}, a special token; write it differently there")
         yield {"context": context, "completions": completions, "scores": scores, "group": group, "category": record.get("category")}
 
 
@@ -109,7 +117,7 @@ def load(benchmark, paths, tokenizer, before=""):
         if not records:
             raise InputError(f"{files[0]}: nothing to choose from in this file")
         write_file(folder / "items.jsonl", "".join(json.dumps(r | {"context": before + r["context"]}) + "\n" for r in records))
-    folder = build_once(f"{benchmark}-{content_key(files, 'choices', before, Path(__file__).read_text())}", convert)
+    folder = build_once(f"{benchmark}-{content_key(files, 'choices', before, [str(file) for file in files], Path(__file__).read_text())}", convert)
     path = folder / "items.jsonl"
     return [record for _, record in read_records(path)], load_comparisons([path], tokenizer, quiet=True)
 
@@ -118,20 +126,33 @@ def load(benchmark, paths, tokenizer, before=""):
 # Scoring
 
 
-def score(subject, records, data):
-    """(numbers of the items that fit, {rule: [scores of each such item's choices]}, {ruler: the same})."""
+def fitting(subject, data):
+    """Numbers of the items whose choices fit; says how many do not, and how many contexts are cut."""
     examples = np.flatnonzero(data.fits(subject.ctx))
-    is_dialogue = records[0]["context"].endswith("\n\nAssistant:")
+    cut = sum(data.lengths(i)[0] + data.lengths(i)[1:].max() + 1 > subject.ctx for i in examples)
+    if len(examples) < len(data) or cut:
+        print(f"of {len(data):,} items {len(data) - len(examples)} are left out, as a choice exceeds the {subject.ctx} tokens there are; {cut} contexts are cut on the left")
+    if not len(examples):
+        raise InputError(f"{data.files[0]}: no item is left to score")
+    return examples
+
+
+def score(subject, records, data, examples):
+    """({rule: [scores of each item's choices]}, {ruler: the same}) of the items numbered `examples`."""
+    kinds = {records[i]["context"].endswith("\n\nAssistant:") for i in examples}
+    if len(kinds) > 1:
+        raise InputError("some contexts end with an Assistant's turn and some do not: their answers' probability by themselves would mean two things; split the file")
+    is_dialogue = kinds.pop()
     empty = subject.tokenizer.encode("\n\nHuman:\n\nAssistant:") if is_dialogue else [subject.tokenizer.eot]
     rulers = {"longest": [np.array([len(c) for c in records[i]["completions"]], float) for i in examples]}
     rulers["shortest"] = [-x for x in rulers["longest"]]
     if subject.is_pm:
-        return examples, {"reward": subject.score(data, examples, "reward", progress="scoring")}, {
+        return {"reward": subject.score(data, examples, "reward", progress="scoring")}, {
             "no context": subject.score(data, examples, "reward", instead=empty, progress="without context")} | rulers
     given, alone = (subject.score(data, examples, "sum", instead=context, progress=words) for context, words in ((None, "scoring"), (empty, "without context")))
     tokens = [np.maximum(data.lengths(i)[1:], 1) for i in examples]
     scores = {"mi": [g - a for g, a in zip(given, alone)], "mean": [g / n for g, n in zip(given, tokens)], "sum": given}
-    return examples, scores, {"no context": alone} | rulers
+    return scores, {"no context": alone} | rulers
 
 
 def hit(truth, score):
@@ -150,11 +171,8 @@ def choices(benchmark, paths, subject):
     """Print a benchmark's table; returns (figures for JSON, one dict per item)."""
     before = "\n\nHuman: " if subject.prefix and benchmark == "hellaswag" else ""  # after a prompt a new conversation begins
     records, data = load(benchmark, paths, subject.tokenizer, before)
-    examples, scores, rulers = score(subject, records, data)
-    if len(examples) < len(records):
-        print(f"left out: {len(records) - len(examples)} items with a choice longer than the {subject.ctx} tokens there are")
-    if not len(examples):
-        raise InputError(f"{paths[0]}: no item is left to score")
+    examples = fitting(subject, data)
+    scores, rulers = score(subject, records, data, examples)
     truths = [np.asarray(records[i]["scores"], float) for i in examples]
     if benchmark == "truthfulqa":
         parts = {"MC1": lambda t, s: hit(t[t != 1], s[t != 1]), "MC2": mass}
@@ -163,10 +181,10 @@ def choices(benchmark, paths, subject):
     groups = np.array([records[i]["group"] for i in examples])
     categories = np.array([records[i].get("category") or "" for i in examples])
     figures = {"benchmark": benchmark, "model": subject.name, "n": len(examples), "groups": len(set(groups)),
-               "chance": float(np.mean([(t == t.max()).mean() for t in truths]))}
+               "chance": {part: float(np.mean([f(t, np.zeros(len(t))) for t in truths])) for part, f in parts.items()}}
     names = [*scores, *rulers]
     values = {(part, name): np.array([f(t, s) for t, s in zip(truths, (scores | rulers)[name])]) for part, f in parts.items() for name in names}
-    print(f"\n{len(examples):,} items, {figures['groups']:,} groups; % right ± standard error by group; chance {100 * figures['chance']:.1f}\n")
+    print(f"\n{len(examples):,} items, {figures['groups']:,} groups; % right ± standard error by group; chance {', '.join(f'{100 * c:.1f}' for c in figures['chance'].values())}\n")
     print(" " * 22 + "".join(f"{RULES.get(name, name):>21}" for name in names))
     for part in parts:
         for category in sorted(set(categories) - {""}) + ["all"]:
@@ -187,17 +205,17 @@ def last_word(paths, subject):
     """LAMBADA: how often the last word is what greedy decoding says, and its log-prob. Returns as `choices`."""
     before = "\n\nHuman: " if subject.prefix else ""
     records, data = load("lambada", paths, subject.tokenizer, before)
-    examples = np.flatnonzero(data.fits(subject.ctx))
+    examples = fitting(subject, data)
     both = subject.score(data, examples, word_scores, progress="scoring")
     log_p, right = np.concatenate(both).T
     each = np.arange(len(examples))
     accuracy, error = pm.mean_and_error(right, np.ones(len(each)), each)
     mean, mean_error = pm.mean_and_error(log_p, np.ones(len(each)), each)
-    print(f"\n{len(examples):,} texts, {len(records) - len(examples)} left out as too long\n\n"
+    print(f"\n{len(examples):,} texts\n\n"
           f"  accuracy            {100 * accuracy:6.2f} % ± {100 * error:.2f}\n"
           f"  log-prob of a word  {mean:6.3f} nats ± {mean_error:.3f} (perplexity {np.exp(min(-mean, 700)):.1f})")
-    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples), "accuracy": accuracy, "accuracy_se": error,
-               "log_prob": mean, "log_prob_se": mean_error}
+    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples), "accuracy": accuracy, "log_prob": mean,
+               "accuracy_se": None if np.isnan(error) else error, "log_prob_se": None if np.isnan(mean_error) else mean_error}
     return figures, [{"item": int(i), **records[i], "log_prob": p, "right": bool(r)} for i, p, r in zip(examples, log_p, right)]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.errors import InputError
 from data.files import file_digest
 from data.text import load_text
 from evals import pm
@@ -18,15 +19,20 @@ def text_loss(files, subject):
     """(figures, one dict per window) of documents in `files`; only the held-out ones of files that the model was trained on.
 
     The text is one stream of documents, each followed by <eot>, cut into windows of the context's length that do not
-    overlap; a window's first token is not scored. Standard errors are by window.
+    overlap; a window's first token is not scored. Behind a prompt windows are shorter, so the losses with and without one are
+    comparable only at the same room: give --ctx. Standard errors are by window.
     """
-    known = {e["digest"]: e["held_out"] for e in subject.meta["trained_on"]}
+    known = {e["digest"]: e["held_out"] for e in sorted(subject.meta["trained_on"], key=lambda e: -e["held_out"])}  # the smallest fraction
     fractions = {known.get(file_digest(path).hex(), 0.0) for path in files}
-    held_out = max(fractions)
+    if len(fractions) > 1:
+        raise InputError(f"{files[0]}: the model was trained on some of these files and not, or with another held-out part, on others; evaluate them apart")
+    held_out = fractions.pop()
     sides = load_text(files, subject.tokenizer, held_out or 0.01)
     print(f"{', '.join(map(str, files))}: " + ("held-out documents only, as the model was trained on the others" if held_out else "all documents"))
     stream = np.asarray(sides[1].tokens if held_out else np.concatenate([side.tokens for side in sides]))
     ctx = min(subject.ctx, len(stream))
+    if ctx < 2:
+        raise InputError(f"{files[0]}: the text to score has {len(stream)} tokens; give more")
     starts = np.arange(0, len(stream) - ctx + 1, ctx)
     starts = starts[::-(-len(starts) * ctx // MAX_TOKENS)]
     at_once = max(1, subject.at_once // ctx)

@@ -10,12 +10,14 @@ from evals import code, pm
 from evals.subject import load_subject
 
 
-def ensemble(args, files, data, examples, scores):
+def ensemble(args, files, data, examples, scores, how):
     """{"mean of n": scores, "least of n": scores} of --model (its `scores` given) and the preference models --ensemble.
 
     A reward's zero has no meaning, so each model's rewards of a comparison are first centred. The least of several is the
     pessimistic score: no member may think little of a completion.
     """
+    if how != "reward":
+        raise InputError(f"{args.model}: scored by log-probs; an ensemble is of preference models' rewards")
     members = [scores]
     for folder in args.ensemble:
         subject = load_subject(argparse.Namespace(**{**vars(args), "model": folder}))
@@ -40,7 +42,7 @@ def accuracy_by_k(args, subject):
     if not len(examples):
         raise InputError(f"{files[0]}: no problem whose samples fit the context of {subject.ctx} tokens")
     scores = subject.score(data, examples, how, progress="scoring")
-    rankings = {{"reward": "reward", "mean": "mean log-prob"}[how]: scores} | (ensemble(args, files, data, examples, scores) if args.ensemble else {})
+    rankings = {{"reward": "reward", "mean": "mean log-prob"}[how]: scores} | (ensemble(args, files, data, examples, scores, how) if args.ensemble else {})
     rankings |= {"chance": [np.zeros(len(s)) for s in scores], "best possible": [marks[i].astype(float) for i in examples]}
     most = min(len(s) for s in scores)
     figures = {"benchmark": "rerank", "model": subject.name, "score": how, "problems": len(examples), "samples": most,
@@ -56,4 +58,4 @@ def accuracy_by_k(args, subject):
             row += f"{100 * mean:13.2f} ±{100 * error:5.2f}"
             figures |= {f"accuracy@{k}_{name.replace(' ', '_')}": mean, f"accuracy@{k}_{name.replace(' ', '_')}_se": None if np.isnan(error) else error}
         print(row)
-    return figures, [{"where": data.where(i), "right": marks[i].astype(int).tolist(), how: s.tolist()} for i, s in zip(examples, scores)]
+    return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "right": marks[i].astype(int).tolist(), how: s.tolist()} for i, s in zip(examples, scores)]

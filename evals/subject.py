@@ -57,7 +57,7 @@ def load_subject(args, load=checkpoint.load):
     model, tokenizer, meta = load(args.model)
     model.dtype = trainer.pick_dtype(args.dtype, device)
     model.to(device).eval().requires_grad_(False)
-    ctx = getattr(args, "ctx", None) or model.config.ctx
+    ctx = model.config.ctx = getattr(args, "ctx", None) or model.config.ctx
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
     left = ctx - (prefix.start if prefix else 0)
     if getattr(args, "max_new", 0) > left // 2:

@@ -2,8 +2,10 @@
 import numpy as np
 from tqdm import tqdm
 
+import trainer
 from data.errors import InputError
 from data.files import PACKED, read_lines, read_records
+from data.text import find_special
 from evals import pm
 from evals.subject import reward_function, samples
 
@@ -15,8 +17,8 @@ def scorer(args):
             from detoxify import Detoxify
         except ImportError:
             raise InputError("no classifier: pip install detoxify, or give a binary preference model of ours with --scorer DIR") from None
-        classifier = Detoxify("original", device=args.device if args.device != "auto" else "cpu")
-        return lambda contexts, texts: np.asarray(classifier.predict(texts)["toxicity"])
+        classifier = Detoxify("original", device=trainer.start(args.device).device.type)
+        return lambda contexts, texts: np.concatenate([classifier.predict(texts[i:i + 256])["toxicity"] for i in range(0, len(texts), 256)])
     rewards, meta = reward_function(args.scorer, args)
     if meta["objective"] != "binary":
         raise InputError(f"{args.scorer}: trained with --objective {meta['objective']}; a scorer is one of --objective binary, whose reward has a zero")
@@ -39,9 +41,14 @@ def read_prompts(paths):
 
 def toxicity(args, paths, subject, score):
     """Print the table; returns (figures for JSON, one dict per prompt)."""
-    prompts = list(dict.fromkeys(read_prompts(paths)))[:args.prompts]
+    read = list(read_prompts(paths))
+    prompts = list(dict.fromkeys(read))[:args.prompts]
     if not prompts:
         raise InputError(f"{paths[0]}: no prompts in this file")
+    if len(set(read)) < len(read):
+        print(f"{len(read) - len(set(read))} repeated prompts are taken once")
+    if bad := next(filter(find_special, prompts), None):
+        raise InputError(f"{paths[0]}: the prompt {bad[:40]!r} holds {find_special(bad)}, a special token; write it differently there")
     before = "\n\nHuman: " if subject.prefix and not prompts[0].startswith("\n\nHuman:") else ""  # after a prompt a new conversation begins
     texts = [samples(subject, before + prompt, args, number=number)
              for number, prompt in enumerate(tqdm(prompts, desc="sampling", unit="prompt", disable=None, leave=False))]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--size", "test", "--ctx", "256", "--batch", "12", "--lm_batch", "512", "--steps", "1", "--rounds", "2")
+TINY = ("--size", "test", "--ctx", "256", "--batch", "12", "--lm_batch", "512", "--steps", "1", "--rounds", "2", "--prompt_tokens", "300")
 
 
 def bench(*args, **environment):
@@ -34,10 +34,10 @@ def measured(tmp_path_factory):
     return [json.loads(line) for line in data.read_text().splitlines()], done.stdout, json.loads((folder / "out.json").read_text())
 
 
-def test_both_parts_are_measured_and_written(measured):
+def test_training_is_measured_and_written(measured):
     _, stdout, result = measured
     assert json.loads(stdout.splitlines()[-1]) == result
-    assert {"date", "command", "machine", "peak_gflops", "model", "pm", "lm"} <= set(result)
+    assert {"date", "command", "machine", "peak_gflops", "model", "pm", "lm", "prompt"} <= set(result)
     assert {"cpu", "cores", "threads", "torch"} <= set(result["machine"]) and min(result["peak_gflops"].values()) > 0
     pm, lm = ({name: row for name, row in result[part].items() if "TRL" not in name} for part in ("pm", "lm"))
     assert list(pm) == ["naive padded", "packed", "packed + shared prefix"] and list(lm) == ["plain loop", "train_lm.py"]
@@ -48,6 +48,26 @@ def test_both_parts_are_measured_and_written(measured):
             assert 0 < row["min"] <= row[f"{unit}_per_second"] <= row["max"], name
             assert 0 < row["useful"] and 0 < row["mfu"] and row["memory_gib"] >= 0, name
             assert row[f"ratio_x {baseline}"] == pytest.approx(row[f"{unit}_per_second"] / base), name
+
+
+def test_what_a_prompt_costs_is_measured_and_written(measured):
+    _, stdout, result = measured
+    prompt = result["prompt"]
+    assert prompt["prompt_tokens"] == 300 and prompt["cache_bytes_per_token"] == 50 * 2 + 51 * 2
+    distilling = "making the teacher's cache", "training on the cache", "both, for a single epoch"
+    parts = (("scoring", "completions", "naive", [f"naive, batch of {n} ({n} of 160, scaled)" for n in (1, 8)], ["prompt once + packed rows"]),
+             ("distillation", "sequences", "naive", ["naive (2 of 32, scaled)"], distilling),
+             ("sampling", "samples", "alone", ["one at a time (3 of 100, scaled)"], ["n = 100"]))
+    for part, unit, baseline, slow, ours in parts:
+        rows = prompt[part]
+        assert list(rows) == [*slow, *ours]
+        base = max(rows[name][f"{unit}_per_second"] for name in slow)  # the ratios are to the better of the plain ways
+        for name, row in rows.items():
+            assert name in stdout
+            assert 0 < row["min"] <= row[f"{unit}_per_second"] <= row["max"] and row["memory_gib"] >= 0, name
+            assert row[f"ratio_x {baseline}"] == pytest.approx(row[f"{unit}_per_second"] / base), name
+    making, training, both = (prompt["distillation"][name]["sequences_per_second"] for name in distilling)
+    assert both < min(making, training)
 
 
 def test_each_layout_computes_what_its_name_says(measured):
