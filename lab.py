@@ -235,7 +235,7 @@ def prior_not_finetuning(lab):
 
 def against_imitation(lab, data, sizes):
     """Runs of ranked preference models and of imitation on a toy file, by size: (ranked, imitation)."""
-    make = lambda *flags: {size: lab.by_seed(lambda s: lab.accuracy(lab.pm(lab.lm(size, s), s, "--pairs", 3000, *flags, data=data), data)) for size in sizes}
+    make = lambda *flags: {size: lab.by_seed(lambda s: lab.accuracy(lab.pm(lab.lm(size, s), s, *flags, data=data), data)) for size in sizes}
     return make(), make("--objective", "imitation")
 
 
@@ -621,8 +621,12 @@ def main():
     if args.scale == "paper":
         return paper_plan()
     lab, gpus = (Small if args.scale == "small" else Lab)(args), torch.cuda.device_count()
-    claims = {name: there[name](lab) for name in args.claims}
-    runs = {name: list(all_runs(next(claim))) for name, claim in claims.items()}
+    claims, runs, results = {name: there[name](lab) for name in args.claims}, {}, {}
+    for name, claim in claims.items():
+        try:
+            runs[name] = list(all_runs(next(claim)))
+        except InputError as error:  # what it needs is not there; the others can go on
+            runs[name], results[name] = [], (None, str(error))
     todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
     jobs = args.jobs or (1 if args.launch else gpus or os.cpu_count())
     print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
@@ -632,12 +636,13 @@ def main():
             print(f"  {'done' if run.done else f'{run.seconds:3.0f} s'}  python {' '.join(run.command())}")
         return
     failed = execute(itertools.chain(*runs.values()), jobs, args.launch, gpus)
-    results = {}
     for name, claim in claims.items():
+        if name in results:
+            continue
         bad = [run for run in needed(runs[name]) if run.key in failed]
         results[name] = (None, failed[bad[0].key]) if bad else concluded(claim)
     folder = Path(args.out) / args.scale
-    write_report(folder, args, {name: (there[name].__doc__.splitlines()[0], *results[name]) for name in results})
+    write_report(folder, args, {name: (there[name].__doc__.splitlines()[0], *results[name]) for name in claims})
     if any(findings is None for findings, _ in results.values()):
         sys.exit(1)
 

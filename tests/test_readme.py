@@ -10,10 +10,10 @@ from conftest import ROOT, make_comparisons, make_texts, run, write_jsonl
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
             if line.startswith(("python ", "torchrun "))]
-TINY = {"train_lm.py": "--size test --tokenizer bytes --ctx 192 --batch 768 --steps 2 --dtype fp32 --device cpu",
-        "train_pm.py": "--steps 2 --batch 4 --dtype fp32", "distill.py": "--sequences 64 --batch 8 --steps 2 --ctx 48 --prompt_tokens 140 --dtype fp32",
-        "lab.py": "--dry_run --seeds 1", "chat.py": "--prompt_tokens 140"}
-BENCHMARKS = {"sample": "--contexts 2 --max_new 8", "humaneval": "--problems 1 --n 2 --k 1 --max_new 4", "toxicity": "--prompts 2 --n 2 --max_new 4", "hhh": "--ctx 4096",
+TINY = {"train_lm.py": "--size test --tokenizer bytes --ctx 192 --batch 768 --steps 2 --dtype fp32 --held_out 0.001",
+        "train_pm.py": "--size test --steps 2 --batch 4 --dtype fp32", "distill.py": "--sequences 64 --batch 8 --steps 2 --ctx 48 --prompt_tokens 140 --dtype fp32",
+        "lab.py": "--dry_run --seeds 2", "chat.py": "--prompt_tokens 140"}
+BENCHMARKS = {"sample": "--contexts 2 --max_new 8 --ctx 4096", "humaneval": "--problems 1 --n 2 --k 1 --max_new 4", "toxicity": "--prompts 2 --n 2 --max_new 4", "hhh": "--ctx 4096",
               "elo": "", "rerank": ""}
 UNDATED = {"mbpp.jsonl", "HumanEval.jsonl.gz", "lambada_test.jsonl", "TruthfulQA.csv", "hellaswag_val.jsonl"}  # published files: not at hand
 
@@ -40,7 +40,7 @@ def tiny(command, folder):
     if any(Path(word).name in UNDATED or word.startswith("DATA") for word in words):
         return None
     script, *flags = words if words[0] != "-m" else [" ".join(words[:2]), *words[2:]]
-    own = {"my_texts/": folder / "my_texts", "texts/": folder / "my_texts", "my_comparisons.jsonl": folder / "my_comparisons.jsonl"}
+    own = {"my_texts/": folder / "my_texts", "texts/": folder / "my_texts", "hh/": folder / "my_comparisons.jsonl", "my_comparisons.jsonl": folder / "my_comparisons.jsonl"}
     flags = [str(own.get(f, folder / f if f.startswith("out/") or f.endswith(".jsonl") else f)) for f in flags]
     extra = TINY.get(script, BENCHMARKS.get(flags[0], "") if script == "evaluate.py" else "").split()
     if "--init" in flags and script == "train_lm.py":
