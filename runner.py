@@ -113,9 +113,8 @@ def launched(command, launch):
     return [*shlex.split(launch), *command] if command[0].startswith(("train_", "distill")) else python
 
 
-# Runs are processes forked from one that has imported torch already, which saves each of them its first seconds.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "tokenizers"])
+PRELOAD = ["torch", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate"]  # what takes long to import
 
 
 def stop_with_parent():
@@ -200,6 +199,7 @@ def execute(runs, jobs, launch="", gpus=0):
 
     Each job has its share of the cores, or, where there are GPUs, one of them.
     """
+    processes.set_forkserver_preload(PRELOAD)  # runs are forked from a process that has these already: it saves each its first seconds
     failed, running, slots = {}, {}, list(range(jobs))
     todo = schedule([run for run in needed(runs) if not run.done])
     total, begun, waiting = sum(run.seconds for run in todo), time.monotonic(), list(todo)
