@@ -505,7 +505,8 @@ def measure_distillation(args, ranks, model, data, prompt, folder, batch=32, few
     """(figures of steps of distillation on `batch` sequences of 50 to 200 tokens, bytes a token of the teacher's cache)."""
     device, at_once = ranks.device, trainer.micro_tokens(args, model, ranks.device)
     teacher, student = copy.deepcopy(model).eval().requires_grad_(False), copy.deepcopy(model).init_weights(seed=1)
-    (folder / "model.safetensors").write_text("random")  # by its content the cache knows the teacher
+    for name in ("model.safetensors", "config.json"):  # by their content the cache knows the teacher
+        (folder / name).write_text("random")
     prefix, text, made = read(teacher, prompt)[0].fork(1, 0), np.asarray(data.tokens, np.int64), {"tokens": 0}
 
     def sequences(r):

@@ -174,7 +174,7 @@ def test_samples_of_a_model(tmp_path, lm, monkeypatch):
 def test_bad_input_to_code_correctness(tmp_path, lm, pm):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD])
     for flags, words in ((["--source", "model"], "needs --model DIR"), (["--model", lm], "--source mutate has no use"),
-                         (["--source", "model", "--model", pm], "a language model is needed"), (["--source", "model", "--model", lm], "give --max_new 96")):
+                         (["--source", "model", "--model", pm], "a language model is needed")):
         with pytest.raises(InputError, match=words):
             convert(correctness, raw, *flags)
     with pytest.raises(InputError, match="mbpp.jsonl:2: .*do not agree"):
@@ -226,7 +226,7 @@ def test_useless_samples_are_counted(tmp_path, lm, monkeypatch, capsys):
 
 def test_bad_input_to_human_against_model(tmp_path, lm, pm):
     raw = write_jsonl(tmp_path / "some.jsonl", [*make_comparisons(3), {"prompt": "no sides"}])
-    for flags, words in ((["--model", lm], "give --max_new 96"), (["--model", pm], "a language model is needed"),
+    for flags, words in ((["--model", pm], "a language model is needed"),
                          (["--model", lm, "--max_new", 4], 'some.jsonl:4: no "chosen"')):
         with pytest.raises(InputError, match=words):
             convert(human_vs_model, raw, *flags)
@@ -243,6 +243,6 @@ def test_prepare_writes_them(tmp_path, lm, comparisons_file):
     assert "code.jsonl: 1 comparisons of 1 records read" in printed and "2 changed bodies of 1 functions" in printed
     printed = run_well("data/prepare.py", "human-vs-model", "--raw", comparisons_file, "--model", lm, "--max_new", 4, "--contexts", 3, "--out", tmp_path / "model.jsonl")
     assert "model.jsonl: 3 comparisons of 3 records read" in printed
-    done = run("data/prepare.py", "human-vs-model", "--raw", comparisons_file, "--model", lm, "--out", tmp_path / "none.jsonl")
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("give --max_new 96") and "Traceback" not in done.stderr
+    done = run("data/prepare.py", "human-vs-model", "--raw", comparisons_file, "--model", tmp_path / "none", "--out", tmp_path / "none.jsonl")
+    assert done.returncode == 2 and "no such checkpoint folder" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.jsonl", "mbpp.jsonl", "model.jsonl"]
