@@ -71,9 +71,6 @@ def records(paths, args, count):
     if (args.source == "model") != bool(args.model):
         raise InputError("--source model needs --model DIR, a code model; --source mutate has no use for one")
     subject = load_subject(args, checkpoint.load_lm) if args.model else None
-    if subject and args.max_new > subject.ctx // 2:
-        raise InputError(f"--max_new {args.max_new}: more than half of the {subject.ctx} tokens that {args.model} can read; "
-                         f"give --max_new {subject.ctx // 2}")
     problems = []  # (problem, code before it that is not shown, its solution as ast.unparse writes it)
     for path in paths:
         for problem, before in read(path):
