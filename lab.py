@@ -6,7 +6,7 @@
   python lab.py toy --dry_run                             what would be run
 
 Runs are kept under OUT/runs by their flags, data and code: finished ones are reused, interrupted ones go on. The report is
-OUT/SCALE/report.html and report.md. A verdict is *holds*, *does not hold* or *cannot tell*, from a 95 % interval over test groups
+OUT/SCALE/report.html and report.md; every run's command, seconds and figures stand in runs.jsonl. A verdict is *holds*, *does not hold* or *cannot tell*, from a 95 % interval over test groups
 and seeds. Exit code 1 if a claim's runs failed.
 
 Claims:
@@ -172,7 +172,8 @@ def bars(named, label):
                    hatch=("", "//", "..", "xx", "\\\\")[n % 5])
         ax.set_xticks(np.arange(len(values)), list(values))
         ax.set_ylabel(label)
-        ax.legend(frameon=False)
+        if len(named) > 1:
+            ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return draw
 
 
@@ -642,6 +643,7 @@ def main():
         bad = [run for run in needed(runs[name]) if run.key in failed]
         results[name] = (None, failed[bad[0].key]) if bad else concluded(claim)
     folder = Path(args.out) / args.scale
+    write_file(folder / "runs.jsonl", "".join((run.folder / "done.json").read_text() + "\n" for run in needed(itertools.chain(*runs.values())) if run.done))
     write_report(folder, args, {name: (there[name].__doc__.splitlines()[0], *results[name]) for name in claims})
     if any(findings is None for findings, _ in results.values()):
         sys.exit(1)

@@ -60,12 +60,6 @@ def picture(draw):
     figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=130)
     draw(ax)
     ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = ax.get_legend_handles_labels()
-    if not any(labels) and ax.get_legend():
-        ax.get_legend().remove()
-    if ax.patches and ax.get_legend():  # bars: room for the legend above them
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + 0.3 * (high - low))
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
