@@ -558,7 +558,19 @@ def small_findings(arms, what):
                           "held-out accuracy after 500 comparisons, %")
 
 
-SMALL_CLAIMS = {"ranked-beats-imitation": small_ranked_beats_imitation, "pmp-sample-efficiency": small_pmp_sample_efficiency}
+def small_code_tax(lab):
+    """Section 2.2: behind a prompt of dialogues small models write fewer programs that pass their tests (MBPP, pass@1); large ones do not."""
+    def passing(seed, *flags):
+        return lab.evaluate("mbpp", lab.lm("5m", 0), "--data", lab.data / "mbpp" / "mbpp.jsonl", "--problems", 30, "--n", 4, "--k", 1, "--max_new", 120, "--seed", seed,
+                            *flags, seconds=60)
+    plain, prompted = lab.by_seed(passing), lab.by_seed(lambda s: passing(s, "--prompt", "code", "--prompt_tokens", 250))
+    yield plain, prompted
+    values = lambda runs: [{item["id"]: (item["passed"] / item["n"], item["id"]) for item in run.items()} for run in runs]
+    return ([above("pass@1 lost behind the prompt", *difference(values(prompted), values(plain)))],
+            bars({"": {"plain": mean_of(plain, "pass@1"), "prompted": mean_of(prompted, "pass@1")}}, "MBPP, pass@1, %"))
+
+
+SMALL_CLAIMS = {"ranked-beats-imitation": small_ranked_beats_imitation, "pmp-sample-efficiency": small_pmp_sample_efficiency, "code-tax": small_code_tax}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,7 +605,7 @@ def parse_args():
     shown = __doc__ + "\n".join(f"  {name:<38}{f.__doc__.splitlines()[0]}" for name, f in CLAIMS.items())
     parser = argparse.ArgumentParser(description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scale", choices=("toy", "small", "paper"), help="toy: the embedded world, 0.1M and 0.8M parameters; small: published sets and "
-                        "5M parameters, hours on two cores, for ranked-beats-imitation and pmp-sample-efficiency; paper: print the commands for 13m to 52b with GPUs, "
+                        "5M parameters, hours on two cores, for ranked-beats-imitation, pmp-sample-efficiency and code-tax; paper: print the commands for 13m to 52b with GPUs, "
                         "memory and hours, and run nothing")
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
     parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
