@@ -192,10 +192,9 @@ def test_attacks_leave_the_caller_unharmed(attacked):
 def test_reasons(attacked):
     mode, outcomes, _ = attacked
     reasons = {"10 GB": "memory", "infinite loop": "timeout", "sleep for ever": "timeout", "endless output": "timeout", "os._exit": "killed",
-               "SystemExit": "error", "patching open and print": "wrong"}
+               "SystemExit": "error", "patching open and print": "wrong", "unfinished text": "error"}
     assert {name: outcomes[name].reason for name in reasons} == reasons
-    text = outcomes["unfinished text"]  # beside a fork bomb its process may not start: then it is killed without having run
-    assert text.reason == "error" and text.detail.startswith("SyntaxError: ") or text.reason == "killed"
+    assert outcomes["unfinished text"].detail.startswith("SyntaxError: ")
     assert all(len(outcome.detail) < 400 for outcome in outcomes.values())
 
 
