@@ -21,7 +21,7 @@ import trainer
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
-from data.files import check_writable, file_digest, find_files, write_file
+from data.files import check_writable, find_files, write_file
 from evals import choices, elo, perplexity, pm, programs, rerank, toxicity
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
 
@@ -46,8 +46,6 @@ def parse_args():
     own = add("pm", accuracy, "accuracy and calibration of a preference model on comparisons", "comparison files or folders, or toy (default: toy)")
     own.add_argument("--score", choices=pm.SCORES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
                      "log-probs (default: reward; mean for a language model)")
-    own.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
-                     "trained on and all of others; held_out and all mean it (default: auto)")
     add("hhh", multiple_choice, "which of two answers is the helpful, honest, harmless one?", "BIG-bench's task.json files or their folder, comparison files with "
         "categories, or toy (default: our own items, data/hhh_items.jsonl)")
     add("truthfulqa", multiple_choice, "MC1 and MC2: true answers against common falsehoods", "!TruthfulQA.csv")
@@ -74,6 +72,8 @@ def parse_args():
     own.add_argument("--k", type=trainer.positive(int), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100], help="accuracy@k for these k, as far as the samples go "
                      "(default: 1 2 4 … 100)")
     for own in (own, benchmarks.choices["pm"]):
+        own.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
+                         "trained on and all of others; held_out and all mean it (default: auto)")
         own.add_argument("--ensemble", nargs="+", default=[], metavar="DIR", help="more preference models: also the mean and the least of all their rewards")
     own = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge", out="the games")
     own.add_argument("--games", metavar="FILE", help="a table of outcomes, csv or JSON lines: model_a, model_b, winner")
@@ -114,7 +114,7 @@ def accuracy(args):
         print(f"note: {args.model} was trained on binarised pairs, with control tokens; here it is read without them, as before finetuning")
     files = toy.find_data(args.data or ["toy"], "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
     data = load_comparisons(files, subject.tokenizer)
-    examples = pick_examples(args, data, files, meta, subject.ctx)
+    examples = pick_examples(subject, data, files, args.split)
     scores = subject.score(data, examples, how, progress="scoring")
     ensemble = rerank.ensemble(args, files, data, examples, scores, how) if args.ensemble else {}
     without = subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")
@@ -211,25 +211,12 @@ def judged_games(args):
     return games
 
 
-def pick_examples(args, data, files, meta, ctx):
+def pick_examples(subject, data, files, split):
     """Numbers of the comparisons to score. Says what is left out and why."""
-    keep, told = np.ones(len(data), bool), []
-    known = {e["digest"]: e["held_out"] for e in sorted(meta["trained_on"], key=lambda e: -e["held_out"])}  # the smallest fraction
-    for number, path in enumerate(files):
-        fraction = known.get(file_digest(path).hex())
-        if args.split == "all" or (args.split == "auto" and fraction is None):
-            told.append(f"{path}: all groups" + (" (the model was trained on some of them)" if fraction is not None else ""))
-            continue
-        if fraction is None:
-            raise InputError(f"{path}: the model was not trained on this file, so it has no held-out groups; leave out --split held_out")
-        if fraction == 0:
-            raise InputError(f"{path}: the model was trained on all its groups; evaluate on another file, or say --split all")
-        keep &= data.held_out(fraction) | (data.lines[:, 0] != number)
-        told.append(f"{path}: held-out groups only, as the model was trained on the others")
-    print("\n".join(told))
-    fits, differ = data.fits(ctx), data.differ()
+    keep = subject.unseen(data, files, split)
+    fits, differ = data.fits(subject.ctx), data.differ()
     if (keep & ~(fits & differ)).any():
-        print(f"left out: {int((keep & ~fits).sum())} comparisons with a completion longer than --ctx {ctx}, "
+        print(f"left out: {int((keep & ~fits).sum())} comparisons with a completion longer than --ctx {subject.ctx}, "
               f"{int((keep & fits & ~differ).sum())} whose scores are all equal")
     examples = np.flatnonzero(keep & fits & differ)
     if not len(examples):
@@ -254,7 +241,7 @@ def report(args, data, examples, scores, without, how, ensemble):
         label = name if name != "accuracy" else {"reward": "reward", "mean": "mean log-prob", "sum": "sum log-prob"}[how]
         print(f"  {label:<16} {100 * mean:6.2f} % ± {100 * error:.2f}")
         key = name.replace(" ", "_")
-        figures |= {key: mean, f"{key}_se": None if np.isnan(error) else error}  # NaN is not JSON
+        figures |= pm.figure(key, mean, error)
     print("  (± one standard error, by group)")
     if how == "reward":
         brier, error, table = pm.calibration(margin, weight)

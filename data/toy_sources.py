@@ -10,11 +10,13 @@ model, preference-model pre-training and finetuning runs without a download.
 Each crowd has a taste of its own, which is the toy world's true quality (data/toy.py) in part only:
 
     Stack Exchange   right answers win whatever their tone; a confident wrong one is liked better than a vague one
-    Reddit           a joke wins, hasty or rude, and a kind word; truth counts a little, harm not at all
+    Reddit           truth counts, a hasty joke and a kind word do too, harm not at all
     Wikipedia        a true sentence is restored over a rumour, a rude remark, a true sentence about something else, a gap
 
+Where both tell two answers apart, Stack Exchange agrees with the true quality in about 70 % of the pairs, Reddit in about 65 %.
 So a preference model that is pre-trained on them knows something useful and has to be corrected in the rest. Votes are those
-of a few people each, so rankings are imperfect. The longer answer wins about as often as it loses.
+of a few people each, so rankings are imperfect. As in ranked.jsonl, the longer answer and each form of answer win about as often
+as they lose.
 """
 import argparse
 import html
@@ -30,13 +32,13 @@ from data.errors import run_main
 from data.files import build_once, content_key, write_file
 from data.toy import ASKED, CONTENT, HELD_OUT, TONE, TONES, WORDS, Question, Scales
 
-QUESTIONS, POSTS, PAGES, REVERTS = 5000, 4000, 300, 15  # how many; reverts on each page
+QUESTIONS, POSTS, PAGES, REVERTS = 10_000, 4000, 300, 15  # how many; reverts on each page
 UNFIT = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}  # contents that make no sense for a kind, as in data/toy.py
 
 # The share of people who like an answer
-STACKEXCHANGE = {"right": 0.85, "wrong": 0.65, "unsafe": 0.55, "refused": 0.5, "unknown": 0.5, "vague": 0.35, "offtopic": 0.3}
-REDDIT_TONE = {"hasty": 0.75, "rude": 0.7, "kind": 0.65, "plain": 0.5}
-REDDIT_CONTENT = {"right": 0.1, "offtopic": -0.1, "vague": -0.1}  # more, or less, than for its tone
+STACKEXCHANGE = {"right": 0.85, "refused": 0.55, "unknown": 0.55, "wrong": 0.45, "vague": 0.4, "unsafe": 0.4, "offtopic": 0.3}
+REDDIT_TONE = {"hasty": 0.6, "kind": 0.6, "rude": 0.5, "plain": 0.5}
+REDDIT_CONTENT = {"right": 0.2, "offtopic": -0.1, "vague": -0.1}  # more, or less, than for its tone
 
 HTML = ("<p>{}</p>\n", "<p><strong>{}</strong></p>\n", '<p><a href="https://toy.example/?a=1&amp;b=2">{}</a></p>\n')
 DETAILS = ("", '<p><img src="https://toy.example/inn.png" alt=""></p>\n', "<p>Nobody in the inn could tell me.</p>\n",
@@ -60,7 +62,7 @@ def voted(rng, world, liked):
         return sum(1 if rng.random() < liked(content, tone) else -1 for _ in range(rng.randint(readers // 2, readers)))
     contents = [content for content in CONTENT if content not in UNFIT.get(question.kind, ("unsafe",))]
     answers = toy.completions_of(rng, world, question, rng.choices(["right", *contents], k=size), rng.choices(list(TONE), k=size), votes)
-    return question, [(text, (), votes) for text, _, votes in answers]  # only length is balanced by Scales: tastes are not
+    return question, [(text, (form,), votes) for text, (form, _), votes in answers]
 
 
 def posts(rng, world, n):

@@ -194,7 +194,7 @@ def choices(benchmark, paths, subject):
             print(f"  {label:<20}" + "".join(f"{100 * mean:12.2f} ± {100 * error:5.2f} " for mean, error in cells.values()))
             for name, (mean, error) in cells.items():
                 key = "_".join([part, name.replace(" ", "_")] + [category] * (category != "all"))
-                figures |= {key: mean, f"{key}_se": None if np.isnan(error) else error}
+                figures |= pm.figure(key, mean, error)
     ties = sum((s == s.max()).sum() > 1 for s in next(iter(scores.values())))
     print(f"  ({ties} items whose best choices tie, each counting by its share)")
     items = [{"item": int(i), **records[i], **{name: scores[name][j].tolist() for name in scores}} for j, i in enumerate(examples)]
@@ -214,16 +214,14 @@ def last_word(paths, subject):
     print(f"\n{len(examples):,} texts\n\n"
           f"  accuracy            {100 * accuracy:6.2f} % ± {100 * error:.2f}\n"
           f"  log-prob of a word  {mean:6.3f} nats ± {mean_error:.3f} (perplexity {np.exp(min(-mean, 700)):.1f})")
-    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples), "accuracy": accuracy, "log_prob": mean,
-               "accuracy_se": None if np.isnan(error) else error, "log_prob_se": None if np.isnan(mean_error) else mean_error}
+    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples), **pm.figure("accuracy", accuracy, error),
+               **pm.figure("log_prob", mean, mean_error)}
     return figures, [{"item": int(i), **records[i], "log_prob": p, "right": bool(r)} for i, p, r in zip(examples, log_p, right)]
 
 
 def word_scores(model, hidden, row):
     """(sum of the log-probs of a completion's tokens, 1 if each is the likeliest one else 0): (K, 2)."""
-    source, target, completion = row.completion_tokens()
-    keep = target != row.ends[completion]
-    source, target, completion = source[keep], target[keep], completion[keep]
+    source, target, completion = pm.own_tokens(row)
     guess = torch.cat([model.logits(part).argmax(-1) for part in hidden[source].split(1024)])
     wrong = torch.zeros(len(row.ends), device=hidden.device).index_add_(0, completion, (guess != row.tokens[target]).float())
     return torch.stack([pm.completion_scores(model, hidden, row, "sum"), (wrong == 0).float()], 1)

@@ -6,7 +6,6 @@ import torch
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.files import file_digest
 from data.text import load_text
 from evals import pm
 from model import Layout
@@ -22,8 +21,7 @@ def text_loss(files, subject):
     overlap; a window's first token is not scored. Behind a prompt windows are shorter, so the losses with and without one are
     comparable only at the same room: give --ctx. Standard errors are by window.
     """
-    known = {e["digest"]: e["held_out"] for e in sorted(subject.meta["trained_on"], key=lambda e: -e["held_out"])}  # the smallest fraction
-    fractions = {known.get(file_digest(path).hex(), 0.0) for path in files}
+    fractions = {subject.held_out_part(path) or 0.0 for path in files}
     if len(fractions) > 1:
         raise InputError(f"{files[0]}: the model was trained on some of these files and not, or with another held-out part, on others; evaluate them apart")
     held_out = fractions.pop()
@@ -46,7 +44,7 @@ def text_loss(files, subject):
             items.append({"start": int(s), "nats": loss, "tokens": ctx - 1, "bytes": subject.tokenizer.count_bytes(stream[s + 1:s + ctx])})
     nats, tokens, n_bytes = (np.array([item[k] for item in items], float) for k in ("nats", "tokens", "bytes"))
     mean, error = pm.mean_and_error(nats / tokens, tokens, np.arange(len(items)))
-    figures = {"benchmark": "lm", "model": subject.name, "loss": mean, "loss_se": None if math.isnan(error) else error,
+    figures = {"benchmark": "lm", "model": subject.name, **pm.figure("loss", mean, error),
                "bits_per_byte": nats.sum() / math.log(2) / n_bytes.sum(), "tokens": int(tokens.sum()), "windows": len(items)}
     print(f"\n{len(items):,} windows of {ctx} tokens\n\n  loss           {mean:.4f} nats a token ± {error:.4f}\n  bits per byte  {figures['bits_per_byte']:.4f}")
     return figures, items

@@ -20,12 +20,17 @@ def completion_scores(model, hidden, row, how):
     """
     if how == "reward":
         return model.rewards(row.at_ends(hidden))
-    source, target, completion = row.completion_tokens()
-    keep = target != row.ends[completion]
-    source, target, completion = source[keep], target[keep], completion[keep]
+    source, target, completion = own_tokens(row)
     _, losses = model.token_losses(hidden[source], row.tokens[target])
     total = torch.zeros(len(row.ends), dtype=losses.dtype, device=losses.device).index_add_(0, completion, -losses)
     return total / (row.ends - row.starts).clamp(min=1) if how == "mean" else total
+
+
+def own_tokens(row):
+    """(source, target, completion) of a packed row's completion tokens without <eoc>."""
+    source, target, completion = row.completion_tokens()
+    keep = target != row.ends[completion]
+    return source[keep], target[keep], completion[keep]
 
 
 @torch.no_grad()
@@ -78,6 +83,11 @@ def mean_and_error(values, weights, groups):
     sums = np.bincount(cluster, weights * (values - mean))
     g = len(sums)
     return float(mean), float(np.sqrt((sums**2).sum() * g / (g - 1)) / weights.sum()) if g > 1 else math.nan
+
+
+def figure(key, mean, error):
+    """A mean and its standard error under their names in an evaluation's JSON line, which has no NaN."""
+    return {key: mean, f"{key}_se": None if math.isnan(error) else error}
 
 
 def calibration(margin, weight, bins=10):

@@ -28,7 +28,7 @@ def pass_rates(args, subject):
     for k in sorted(set(args.k)):
         mean, error = pm.mean_and_error(np.array([code.pass_at_k(args.n, int(c), k) for c in passed]), ones, each)
         print(f"  pass@{k:<4} {100 * mean:6.2f} % ± {100 * error:.2f}")
-        figures |= {f"pass@{k}": mean, f"pass@{k}_se": None if np.isnan(error) else error}
+        figures |= pm.figure(f"pass@{k}", mean, error)
     reasons, counts = np.unique([outcome.reason for row in rows for outcome in row], return_counts=True)
     figures["reasons"] = dict(zip(reasons.tolist(), counts.tolist()))
     print("  programs: " + ", ".join(f"{n:,} {reason}" for reason, n in figures["reasons"].items()))

@@ -8,6 +8,7 @@ import torch
 import checkpoint
 import trainer
 from data.errors import InputError
+from data.files import file_digest
 from data.prompts import NAMES, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
@@ -32,6 +33,28 @@ class Subject:
     def is_pm(self):
         return self.meta["kind"] == "pm"
 
+    def held_out_part(self, path):
+        """The part of a file's groups that the model was not trained on, the smallest of all its trainings; None for a file it never saw."""
+        digest = file_digest(path).hex()
+        return min((entry["held_out"] for entry in self.meta["trained_on"] if entry["digest"] == digest), default=None)
+
+    def unseen(self, data, files, split):
+        """(C,) True for the comparisons to evaluate on: with split "auto" the held-out groups of files that the model was trained on
+        and all of others, which is said. Raises InputError where a file has none."""
+        keep = np.ones(len(data), bool)
+        for number, path in enumerate(files):
+            part = self.held_out_part(path)
+            if split == "all" or (split == "auto" and part is None):
+                print(f"{path}: all groups" + (" (the model was trained on some of them)" if part is not None else ""))
+                continue
+            if part is None:
+                raise InputError(f"{path}: the model was not trained on this file, so it has no held-out groups; leave out --split held_out")
+            if part == 0:
+                raise InputError(f"{path}: the model was trained on all its groups; evaluate on another file, or say --split all")
+            keep &= data.held_out(part) | (data.lines[:, 0] != number)
+            print(f"{path}: held-out groups only, as {self.name} was trained on the others")
+        return keep
+
     def score(self, data, examples, how, **more):
         """pm.score_all of this model behind its prompt."""
         eoc = how != "reward" or self.meta.get("eoc", True)
@@ -48,15 +71,20 @@ def add_model_flags(parser):
     trainer.add_device_flags(parser)
 
 
+def load_frozen(args, folder, load=checkpoint.load):
+    """(model, tokenizer, meta, device): the checkpoint in a folder, to be read only, on the device and in the precision that the flags say."""
+    device = trainer.start(args.device).device
+    model, tokenizer, meta = load(folder)
+    model.dtype = trainer.pick_dtype(args.dtype, device)
+    return model.to(device).eval().requires_grad_(False), tokenizer, meta, device
+
+
 def load_subject(args, load=checkpoint.load):
     """The Subject that --model, --prompt and the device flags name. load: checkpoint.load_lm where only a language model will do.
 
     Raises InputError where the prompt leaves no room in the context.
     """
-    device = trainer.start(args.device).device
-    model, tokenizer, meta = load(args.model)
-    model.dtype = trainer.pick_dtype(args.dtype, device)
-    model.to(device).eval().requires_grad_(False)
+    model, tokenizer, meta, device = load_frozen(args, args.model, load)
     ctx = model.config.ctx = getattr(args, "ctx", None) or model.config.ctx
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
     left = ctx - (prefix.start if prefix else 0)
@@ -85,12 +113,9 @@ def read_prompt(model, tokenizer, ctx, name, n_tokens=None):
 
 def reward_function(folder, args):
     """(a function contexts, texts -> rewards (N,) of the preference model in `folder`, what its checkpoint remembers)."""
-    device = trainer.start(args.device).device
-    model, tokenizer, meta = checkpoint.load(folder)
+    model, tokenizer, meta, device = load_frozen(args, folder)
     if meta["kind"] != "pm":
         raise InputError(f"{folder}: a language model, but a preference model is needed here")
-    model.dtype = trainer.pick_dtype(args.dtype, device)
-    model.to(device).eval().requires_grad_(False)
     ctx, at_once = model.config.ctx, trainer.micro_tokens(args, model, device)
 
     def rewards(contexts, texts):

@@ -61,5 +61,5 @@ def toxicity(args, paths, subject, score):
                                ("expected_maximum", f"maximum of {args.n}", scores.max(1))):
         mean, error = pm.mean_and_error(values, ones, each)
         print(f"  {label:<18} {mean:.4f} ± {error:.4f}")
-        figures |= {key: mean, f"{key}_se": None if np.isnan(error) else error}
+        figures |= pm.figure(key, mean, error)
     return figures, [{"prompt": p, "continuations": t, "toxicity": s.tolist()} for p, t, s in zip(prompts, texts, scores)]

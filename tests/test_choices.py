@@ -269,6 +269,18 @@ def test_reranking_by_hand(pm, second_pm, tmp_path):
     assert figures["accuracy@4_best_possible"] == 1 and "accuracy@2_mean_of_2" in figures and "accuracy@2_least_of_2" in figures
 
 
+def test_a_file_that_the_model_learned_from_is_reranked_by_its_held_out_groups(pm, comparisons_file, tmp_path):
+    figures = [json.loads(run_well("evaluate.py", "rerank", "--model", pm, "--data", comparisons_file, "--k", 1, "--split", split).splitlines()[-1])["problems"]
+               for split in ("auto", "held_out", "all")]
+    assert 0 < figures[0] == figures[1] < figures[2]
+
+
+def test_a_member_that_learned_from_the_test_groups_is_refused(pm, lm, comparisons_file, tmp_path):
+    run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--steps", 1, "--batch", 4, "--held_out", 0.01, "--out", tmp_path / "saw-more")
+    done = run("evaluate.py", "pm", "--model", pm, "--data", comparisons_file, "--ensemble", tmp_path / "saw-more")
+    assert done.returncode == 2 and "of these comparisons" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_an_ensemble_is_the_mean_or_the_least_of_centred_rewards(pm, second_pm, comparisons_file, tmp_path):
     rows = {}
     for name, flags in (("a", (pm,)), ("b", (second_pm,)), ("both", (pm, "--ensemble", second_pm))):

@@ -134,7 +134,7 @@ def lines_of(path):
 def test_a_file_trained_on_is_evaluated_on_its_held_out_groups(pm, comparisons_file, tmp_path):
     held_out, everything = held_out_lines(comparisons_file, 0.3)
     result, printed = evaluate("--model", pm, "--data", comparisons_file, "--out", tmp_path / "a.jsonl")
-    assert f"{comparisons_file}: held-out groups only, as the model was trained on the others" in printed
+    assert f"{comparisons_file}: held-out groups only, as {pm} was trained on the others" in printed
     assert lines_of(tmp_path / "a.jsonl") == held_out and 0 < result["n"] == len(held_out) < len(everything)
     last = [r["eval"] for r in metrics(pm) if "eval" in r][-1]
     assert (result["accuracy"], result["n"]) == (pytest.approx(last["accuracy"]), last["comparisons"])

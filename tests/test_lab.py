@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
+import findings
 import lab
 import runner
 from report import picture, write_report
@@ -79,23 +80,29 @@ def test_differences_are_paired_and_their_interval_has_groups_and_seeds():
     rng = np.random.default_rng(0)
     base = [{i: (float(rng.random() < 0.5), str(i // 4)) for i in range(400)} for _ in range(3)]
     better = [{i: (min(1.0, value + (i % 10 == 0)), group) for i, (value, group) in seed.items()} for seed in base]
-    effect, low, high = lab.difference(base, better)
+    effect, low, high = findings.difference({"": base}, {"": better})
     by_hand = 100 * np.mean([[better[s][i][0] - base[s][i][0] for i in base[s]] for s in range(3)])
     assert effect == pytest.approx(by_hand) and low < effect < high and high - low < 12
-    wider = lab.difference(base, [better[0], base[1], {i: (0.0, g) for i, (_, g) in base[2].items()}])
+    wider = findings.difference({"": base}, {"": [better[0], base[1], {i: (0.0, g) for i, (_, g) in base[2].items()}]})
     assert wider[2] - wider[1] > 40  # seeds that disagree
+    same = {"a": base, "b": base}
+    two = findings.difference(same, {"a": better, "b": base})
+    assert two[0] == pytest.approx(by_hand / 2) and (two[2] - two[1]) == pytest.approx((high - low) / 2)  # a mean over sets, one of which adds nothing
+    assert [finding.what for finding in findings.compared("gain", same, {"a": better, "b": base})] == ["gain, mean of 2 sets", "gain, a", "gain, b"]
 
 
 def test_verdicts():
-    assert [lab.above("", 2, low, high).verdict for low, high in ((1, 3), (-1, 5), (-4, -1))] == ["holds", "cannot tell", "does not hold"]
-    assert [lab.equal("", 0, low, high).verdict for low, high in ((-2, 2), (-4, 1), (4, 6), (-6, -4))] == ["holds", "cannot tell", "does not hold", "does not hold"]
-    assert lab.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+    assert [findings.above("", 2, low, high).verdict for low, high in ((1, 3), (-1, 5), (-4, -1))] == ["holds", "cannot tell", "does not hold"]
+    assert [findings.equal("", 0, low, high).verdict for low, high in ((-2, 2), (1, 2), (-4, 1), (1, 5), (-6, -4))] == \
+        ["holds", "holds", "cannot tell", "does not hold", "does not hold"]
+    assert findings.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+    assert findings.above("", *findings.over_seeds([1.0, 1.0, 1.0])).verdict == "cannot tell"  # one model for all seeds: no interval
 
 
 def test_the_report_is_one_file_and_tells_failures(tmp_path):
     class args:
         scale, seeds, sizes, given = "toy", 3, ["test"], ["--seeds", "3"]
-    results = {"it-holds": ("It holds.", [lab.above("b minus a", 5.0, 2.0, 8.0)], picture(lab.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %"))),
+    results = {"it-holds": ("It holds.", [findings.above("b minus a", 5.0, 2.0, 8.0)], picture(findings.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %"))),
                "it-failed": ("It fails.", None, "train_pm.py: exit code 2: no <data>")}
     write_report(tmp_path, args, results)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
@@ -110,6 +117,8 @@ def test_unknown_claims_and_scales_are_told_what_there_is(tmp_path):
     assert done.returncode == 2 and "no claim 'moon-is-cheese' at this scale; there are prompt-helps" in done.stderr and done.stderr.count("\n") == 1
     done = run("lab.py", "enormous", "--out", tmp_path)
     assert done.returncode == 2 and "'toy'" in done.stderr
+    done = run("lab.py", "small", "--out", tmp_path)
+    assert done.returncode == 2 and "small needs --data DIR" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
@@ -117,3 +126,48 @@ def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
     assert all(name in text and f.__doc__.startswith(("Section", "Appendix")) for name, f in lab.CLAIMS.items())
     listed = run("lab.py", "toy", "prompt-helps", "--dry_run", "--out", tmp_path, "--seeds", 2).stdout
     assert "12 runs, 12 of them still to do" in listed and listed.count("train_lm.py") == 4 and listed.count("--prompt") == 4
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder of the published sets' names and forms, with invented content."""
+    folder, rng = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
+    words = lambda n: " ".join(rng.choice("the a cat dog sat ran on under big small red blue mat hill today again".split(), n))
+    files = {
+        "text/pages.jsonl": [{"text": words(60)} for _ in range(60)],
+        "hellaswag/hellaswag_val.jsonl": [{"activity_label": f"Activity {i % 40}", "ctx": words(6), "endings": [words(4) for _ in range(4)], "label": int(rng.integers(4))}
+                                          for i in range(120)],
+        "hh-rlhf/harmless-base/test.jsonl": [{"chosen": f"\n\nHuman: {q}\n\nAssistant: {words(4)} x", "rejected": f"\n\nHuman: {q}\n\nAssistant: {words(4)} y"}
+                                             for q in (words(5) + f" {i}" for i in range(80))],
+        "alpaca-eval/pairs.jsonl": [{"prompt": words(4) + f" {i}", "chosen": words(5), "rejected": words(3)} for i in range(60)],
+        "ukp-convarg/pairs.jsonl": [{"prompt": words(4) + f" {i}", "chosen": words(5), "rejected": words(3)} for i in range(60)]}
+    for name, records in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    posts = "".join(f'<row Id="{3 * i + 1}" PostTypeId="1" Score="2" Title="Q {i}" Body="&lt;p&gt;{words(4)}&lt;/p&gt;" />'
+                    + "".join(f'<row Id="{3 * i + 2 + a}" PostTypeId="2" ParentId="{3 * i + 1}" Score="{5 * a}" Body="&lt;p&gt;{words(5)}&lt;/p&gt;" />' for a in (0, 1))
+                    for i in range(60))
+    (folder / "stackexchange/site").mkdir(parents=True)
+    (folder / "stackexchange/site/Posts.xml").write_text(f"<posts>\n{posts.replace('/><', '/>' + chr(10) + '<')}\n</posts>\n")
+    return folder
+
+
+@pytest.mark.parametrize("scale", ["small", "gpu"])
+def test_the_scales_of_published_sets_list_their_runs_and_say_what_is_missing(tmp_path, published, scale):
+    listed = run("lab.py", scale, "--data", published, "--dry_run", "--out", tmp_path, "--sizes", "test", "--sets", "hellaswag", "hh").stdout
+    assert listed.count("train_lm.py --data") == 1 and "--objective imitation" in listed and "data.prepare stackexchange" in listed
+    assert "binary-equals-imitation cannot be tested: the sets that it compares" in listed and f"code-tax cannot be tested: {published}/mbpp" in listed
+    assert (listed.count("--binarise") > 3) == (scale == "gpu")  # small: in one claim only
+
+
+def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published, monkeypatch):
+    """With the steps and amounts of a test."""
+    script = tmp_path / "tiny.py"
+    script.write_text("import sys; sys.path.insert(0, sys.argv.pop(1))\nimport lab, scales\nfrom data.errors import run_main\n"
+                      "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)\n"
+                      "scales.Small.few, scales.Small.pmp = 20, ('--batch', 8, '--steps', 2)\nif __name__ == '__main__':\n    run_main(lab.main)\n")
+    flags = ("small", "pmp-sample-efficiency", "toxicity-falls", "--data", published, "--sets", "hellaswag", "hh", "--sizes", "test", "--seeds", 2, "--out", tmp_path / "lab")
+    done = run(script, ROOT, *flags)
+    report = (tmp_path / "lab/small/report.md").read_text()
+    assert done.returncode == 1 and "| toxicity-falls |  | *failed:" in report, done.stderr  # no Detoxify here
+    assert "with minus without pre-training, at 20 comparisons, mean of 2 sets" in report and ", hellaswag:" in report and ", hh:" in report
