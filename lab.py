@@ -174,7 +174,7 @@ def human_vs_model_pairs(lab):
     source, same = lab.public("stackexchange"), (*lab.pmp, "--pairs", pairs, "--pairs_per_group", 1)
 
     def model_written(seed):
-        imitation = lab.train_pm(lab.size, lab.lm(lab.size, seed), seed, "--objective", "imitation", "--data", source, held_out=0.05, comparisons=contexts)
+        imitation = lab.train_pm(lab.size, lab.lm(lab.size, seed), seed, "--objective", "imitation", "--data", source, "--pairs", contexts, held_out=0.05, comparisons=contexts)
         return lab.run("-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", contexts, "--max_new", lab.max_new, "--seed", seed,
                        seconds=0.002 * contexts * lab.max_new)
     on_model_written = lambda seed: lab.train_pm(lab.size, lab.lm(lab.size, seed), seed, "--data", model_written(seed), "--lm_weight", 1, *same,
@@ -353,15 +353,15 @@ def parse_args():
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
     parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
     parser.add_argument("--seeds", type=trainer.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="model sizes, the main one last (default: the scale's)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help="model sizes, the main one last, as model.py names them (default: the scale's)")
     parser.add_argument("--data", metavar="DIR", help="for small and gpu: folder of the published files")
     parser.add_argument("--lm", metavar="DIR", help="for small and gpu: a language model to start from, instead of training one of each size on DIR/text")
-    parser.add_argument("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, help="for small and gpu: the sets to finetune on (default: all)")
+    parser.add_argument("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET", help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
     parser.add_argument("--jobs", type=trainer.positive(int), help="runs at a time (default: one for each GPU or core)")
     parser.add_argument("--launch", default="", metavar="COMMAND", help='how to start a script, such as "torchrun --nproc_per_node 8", or a template such as "srun --gpus 1 {command}"')
     parser.add_argument("--dry_run", action="store_true", help="list the runs with their estimated time, and run nothing")
-    args = parser.parse_args()
-    args.given = sys.argv[next((i for i, word in enumerate(sys.argv) if word.startswith("--")), len(sys.argv)):]
+    args = parser.parse_intermixed_args()
+    args.given = [word for word in sys.argv[1:] if word not in (args.scale, *args.claims)]
     if args.scale == "paper":
         return args, None, {}
     scale = {"toy": Toy, "small": Small, "gpu": Gpu}[args.scale]
@@ -388,7 +388,7 @@ def main():
     todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
     jobs = args.jobs or (1 if args.launch else gpus or os.cpu_count())
     print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
-          f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes on two cores", flush=True)
+          f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes", flush=True)
     for name, (_, why) in results.items():
         print(f"{name} cannot be tested: {why}")
     if args.dry_run:

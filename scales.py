@@ -170,19 +170,19 @@ class Toy(Lab):
 # ---------------------------------------------------------------------------------------------------------------------
 # Published sets
 
-SETS = {  # name: (how data.prepare makes it, its file under --data, the part of its groups to test on: some hundreds to two thousand comparisons)
-    "hellaswag": ("hellaswag", "hellaswag/hellaswag_val.jsonl*", 0.1),
-    "summaries": ("summarize", "summarize-from-feedback/newsroom_comparisons.jsonl*", 0.15),
-    "utilitarianism": ("utilitarianism", "ethics/utilitarianism/util_train.csv", 0.1),
+SETS = {  # name: (how data.prepare makes it, its file under --data, the part of its groups to test on: 400 to 900 comparisons)
+    "hellaswag": ("hellaswag", "hellaswag/hellaswag_val.jsonl*", 0.06),
+    "summaries": ("summarize", "summarize-from-feedback/newsroom_comparisons.jsonl*", 0.3),
+    "utilitarianism": ("utilitarianism", "ethics/utilitarianism/util_train.csv", 0.05),
     "hh": ("hh", "hh-rlhf/harmless-base/test.jsonl*", 0.3),
-    "commonsense": ("ethics --set commonsense", "ethics/commonsense/cm_test.csv", 0.25),
-    "deontology": ("ethics --set deontology", "ethics/deontology/deontology_train.csv", 0.05),
-    "justice": ("ethics --set justice", "ethics/justice/justice_train.csv", 0.05),
-    "virtue": ("ethics --set virtue", "ethics/virtue/virtue_train.csv", 0.05),
+    "commonsense": ("ethics --set commonsense", "ethics/commonsense/cm_test.csv", 0.15),
+    "deontology": ("ethics --set deontology", "ethics/deontology/deontology_train.csv", 0.03),
+    "justice": ("ethics --set justice", "ethics/justice/justice_train.csv", 0.03),
+    "virtue": ("ethics --set virtue", "ethics/virtue/virtue_train.csv", 0.03),
     "code": ("code-correctness --n 8", "mbpp/mbpp.jsonl*", 0.3),
 }
 RANKED, BINARY = ("hellaswag", "summaries", "utilitarianism", "hh"), ("commonsense", "deontology", "justice", "virtue")
-FEW = ("hh", "commonsense")  # fewer than 5,000 comparisons in these files
+FEW = ("hh", "commonsense", "summaries")  # fewer than 5,000 comparisons in these files
 PUBLIC = {"stackexchange": ("stackexchange", "stackexchange/*/Posts.xml*"), "alpaca-eval": ("pairs", "alpaca-eval/pairs.jsonl*"),
           "ukp-convarg": ("pairs", "ukp-convarg/pairs.jsonl*")}
 
@@ -191,7 +191,7 @@ class Small(Lab):
     """Published sets under --data, on a CPU: their first uses of hours. One language model of each size serves all seeds."""
     name, default_sizes = "small", ("0.8m", "5m")
     vocabulary, tokens = 8192, 250
-    much, comparisons, tested, ks, amounts = ("--pairs", 500, "--batch", 8), 500, 1000, (1, 2, 4), (500, 5000)
+    much, comparisons, tested, ks, amounts = ("--pairs", 500, "--batch", 8), 500, 600, (1, 2, 4), (500, 5000)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
     learn = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500)
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
