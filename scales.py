@@ -90,8 +90,9 @@ class Lab:
                         "--sequences", 4096, seconds=self.seconds(self.size, 4096 * 200, 8))
 
     def finetuned_on(self, text, seed):
-        """The language model finetuned on one short text, thirty steps."""
-        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", text, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.02,
+        """The language model finetuned on one short text, thirty steps. It stands there many times, so that it is also seen to begin."""
+        copies = self.file(f"{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
+        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", copies, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.02,
                         "--lr", self.rate(self.size), "--schedule", "linear", seconds=5)
 
     # ---- Evaluations
