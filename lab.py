@@ -26,7 +26,7 @@ from data import synthetic, toy
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, equal, first_choice, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from findings import above, bars, compared, equal, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
 from runner import Run, execute, needed

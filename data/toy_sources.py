@@ -25,7 +25,7 @@ import json
 import random
 from pathlib import Path
 
-from data import reddit, stackexchange, toy, wikipedia
+from data import html_text, reddit, stackexchange, toy, wikipedia
 from data.comparisons import hash64
 from data.count import Count
 from data.errors import run_main
@@ -239,7 +239,7 @@ def prepared(name, seed=0):
         count.check()
         write_file(args.out, "".join(lines))
         print("\n".join([f"toy {name}: {len(lines):,} comparisons of {count.total:,} records read", *count.summary()]), flush=True)
-    key = content_key([__file__, toy.__file__, reader.__file__], flags)
+    key = content_key([__file__, toy.__file__, reader.__file__, html_text.__file__], flags)
     return build_once(f"toy-{name}-{seed}-{key}", build) / f"{name}.jsonl"
 
 

@@ -10,7 +10,7 @@ import checkpoint
 from data.prompts import SEPARATOR, fit_prompt, load_prompt
 from data.tokenizer import get_tokenizer
 from evals import choices
-from evals.subject import Answer, read_prompt
+from evals.subject import Answer
 
 BYTES = get_tokenizer("bytes")
 PROMPT = "Two friends talk.\n\n-----\n\nHuman: Who sleeps?\n\nAssistant: A dog.\n\n-----\n\nHuman: Who sings?\n\nAssistant: An owl."

@@ -1,5 +1,4 @@
 """Every command that the README gives, run as it stands but with tiny numbers: flags that were renamed, or files that moved, show here."""
-import os
 import re
 import shlex
 from pathlib import Path

@@ -19,7 +19,8 @@ from data import stackexchange
 from data.comparisons import load_comparisons
 from data.count import Count
 from data.errors import InputError
-from data.stackexchange import score_of, to_text
+from data.html_text import to_text
+from data.stackexchange import score_of
 from data.tokenizer import get_tokenizer
 
 SITES = DATA / "stackexchange"
