@@ -29,7 +29,7 @@ from evals import choices
 from findings import above, bars, compared, equal, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
-from runner import Run, execute, needed
+from runner import Run, cores, execute, needed
 from scales import BINARY, RANKED, Gpu, Small, Toy, paper_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def main():
         except InputError as error:  # what it needs is not there; the others can go on
             runs[name], results[name] = [], (None, str(error))
     todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
-    jobs = args.jobs or (1 if args.launch else gpus or os.cpu_count())
+    jobs = args.jobs or (1 if args.launch else gpus or cores())
     print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
           f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes", flush=True)
     for name, (_, why) in results.items():

@@ -213,7 +213,7 @@ def execute(runs, jobs, launch="", gpus=0):
                     bar.update()
                 elif slots and all(need.done for need in run.needs):
                     slot = slots.pop(0)
-                    own = {} if launch else {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+                    own = {} if launch else {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
                     running[pool.submit(run.execute, launch, own)] = run, slot
                     waiting.remove(run)
             if not running:
@@ -232,6 +232,11 @@ def execute(runs, jobs, launch="", gpus=0):
                 if bar.disable:
                     print(f"{time.monotonic() - begun:6.0f} s, about {rest / 60:.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
     return failed
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def schedule(todo):
