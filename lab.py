@@ -14,7 +14,6 @@ Claims:
 """
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 
