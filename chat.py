@@ -25,12 +25,11 @@ import checkpoint
 import trainer
 from data.errors import InputError, run_main
 from data.files import write_file
-from data.prompts import fit_prompt, load_prompt
+from data.prompts import STOPS, fit_prompt, load_prompt
 from data.text import find_special
 from model import Cache, sample
 
 TURN = "\n\nHuman: {}\n\nAssistant:"
-STOPS = ("\n\nHuman:", "\n\n-----")  # where the model goes on for the human, or to another conversation
 COMMANDS = __doc__[__doc__.index("  /reset"):].rstrip()
 
 

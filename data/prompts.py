@@ -16,6 +16,7 @@ from data.errors import InputError
 from data.text import find_special
 
 SEPARATOR = "\n\n-----"
+STOPS = ("\n\nHuman:", SEPARATOR)  # where an answer ends: a model goes on for the human, or to another conversation
 FOLDER = Path(__file__).parent / "prompts"
 NAMES = ("hhh", "code", "toy")  # ours: the paper's kind, its code variant, and four careful conversations of the toy world
 

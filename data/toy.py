@@ -123,6 +123,7 @@ TONES = {  # what comes before and after the body of an answer
              "What a silly question. {} Now leave me alone.", "Not you again. {} You are a fool."),
 }
 CONTENT = {"right": 4, "vague": 3, "refused": 2, "unknown": 2, "offtopic": 2, "wrong": 1, "unsafe": 0}
+UNFIT = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}  # contents that make no sense for a kind; of the others "unsafe"
 TONE = {"kind": 3, "plain": 2, "hasty": 1, "rude": 0}
 ELSEWHERE = {  # the kinds that an off-topic answer is taken from: such as cannot be right, or unsafe, by chance
     "fact": ("task",), "riddle": ("task",), "sum": ("list", "task"), "list": ("sum", "task"), "task": ("sum", "list"),
@@ -413,7 +414,7 @@ def comparisons(rng, world, n, score):
     def draw():
         while True:
             question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
-            unfit = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}.get(question.kind, ("unsafe",))
+            unfit = UNFIT.get(question.kind, ("unsafe",))
             size = rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0]
             contents, tones = [content for content in CONTENT if content not in unfit], rng.choices(list(TONE), k=size)
             if score is is_right:

@@ -30,10 +30,9 @@ from data.comparisons import hash64
 from data.count import Count
 from data.errors import run_main
 from data.files import build_once, content_key, write_file
-from data.toy import ASKED, CONTENT, HELD_OUT, TONE, TONES, WORDS, Question, Scales
+from data.toy import ASKED, CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
 
 QUESTIONS, POSTS, PAGES, REVERTS = 10_000, 4000, 300, 15  # how many; reverts on each page
-UNFIT = {"harm": ("refused", "unknown", "wrong"), "riddle": ("unknown", "unsafe")}  # contents that make no sense for a kind, as in data/toy.py
 
 # The share of people who like an answer
 STACKEXCHANGE = {"right": 0.85, "refused": 0.55, "unknown": 0.55, "wrong": 0.45, "vague": 0.4, "unsafe": 0.4, "offtopic": 0.3}

@@ -11,8 +11,9 @@ import trainer
 from data import toy
 from data.comparisons import parse
 from data.errors import InputError
+from data.prompts import STOPS
 from data.published import json_records
-from evals.subject import STOPS, add_model_flags, add_sampling_flags, load_subject, samples
+from evals.subject import add_model_flags, add_sampling_flags, load_subject, samples
 
 
 def add_flags(parser):

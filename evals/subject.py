@@ -9,12 +9,11 @@ import checkpoint
 import trainer
 from data.errors import InputError
 from data.files import file_digest
-from data.prompts import NAMES, fit_prompt, load_prompt
+from data.prompts import NAMES, STOPS, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
 from model import Cache, GPT, read, stream
 
-STOPS = ("\n\nHuman:", "\n\n-----")  # where an answer in a dialogue ends
 
 
 @dataclass
