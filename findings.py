@@ -105,11 +105,11 @@ def above(what, effect, low, high, unit="points", over="groups and seeds"):
     return Finding(what, effect, low, high, "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell", unit, over)
 
 
-def equal(what, effect, low, high, within=3.0):
+def equal(what, effect, low, high, within=3.0, over="groups and seeds"):
     """A Finding on the claim that there is no effect to speak of: it holds where the interval lies within some points of 0, whether
     or not it contains 0, and does not where it contains no 0."""
     verdict = "holds" if -within < low and high < within else "does not hold" if low > 0 or high < 0 else "cannot tell"
-    return Finding(what, effect, low, high, verdict)
+    return Finding(what, effect, low, high, verdict, over=over)
 
 
 def compared(what, first, second, verdict=above):
@@ -140,13 +140,26 @@ def bars(named, label):
         for n, (series, values) in enumerate(named.items()):
             x = np.arange(len(values)) + n * width - 0.4 + width / 2
             mean, sd = zip(*values.values())
-            ax.bar(x, mean, width * 0.95, yerr=sd, capsize=3, label=series, color=str(0.25 + 0.55 * n / max(1, len(named) - 1)), edgecolor="black",
+            ax.bar(x, mean, width * 0.95, yerr=sd, capsize=3, label=series, color=str(0.8 - 0.5 * n / max(1, len(named) - 1)), edgecolor="black",
                    hatch=("", "//", "..", "xx", "\\\\")[n % 5])
         groups = list(values)
         ax.set_xticks(np.arange(len(groups)), groups, rotation=30 if sum(map(len, groups)) > 60 else 0)
         ax.set_ylabel(label)
         if len(named) > 1:
             ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return draw
+
+
+def curves(named, at, along, label):
+    """A function that draws {series: [(mean, sd) at each of `at`]} as lines along a logarithmic axis."""
+    def draw(ax):
+        for n, (series, values) in enumerate(named.items()):
+            mean, sd = zip(*values)
+            ax.errorbar(at, mean, sd, fmt=("o-", "s--", "^:", "d-.")[n % 4], color=str(0.15 * (n % 4)), capsize=3, label=series)
+        ax.set(xscale="log", xlabel=along, ylabel=label)
+        ax.set_xticks(at, [f"{x / 1e6:.3g}M" if x >= 1e5 else f"{x:,}" for x in at])
+        ax.minorticks_off()
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return draw
 
 

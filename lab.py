@@ -25,7 +25,7 @@ from data import synthetic, toy
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, equal, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from findings import above, bars, compared, curves, equal, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
 from runner import Run, cores, execute, needed
@@ -42,8 +42,15 @@ def by_size(lab, make):
     return {size: lab.by_seed(lambda seed: make(size, seed)) for size in reversed(lab.sizes)}
 
 
-def size_bars(lab, arms, label, key="accuracy"):
-    return bars({name: {size: mean_of(arm[size], key) for size in lab.sizes} for name, arm in arms.items()}, label)
+def size_curves(lab, arms, label, key="accuracy"):
+    """Accuracy against size, as the paper draws it: {arm: {size: runs}}; bars where there is one size."""
+    if len(lab.sizes) == 1:
+        return set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, key)
+    return curves({name: [mean_of(arm[size], key) for size in lab.sizes] for name, arm in arms.items()}, *size_axis(lab), label)
+
+
+def size_axis(lab):
+    return [12 * SIZES[size][0] * SIZES[size][1] ** 2 for size in lab.sizes], "12 n_layer d_model², parameters"
 
 
 def prompt_helps(lab):
@@ -53,7 +60,7 @@ def prompt_helps(lab):
     yield plain, prompted
     findings = [finding for size in plain for rule, name in (("mean", "mean log-prob"), ("mi", "mutual information"))
                 for finding in compared(f"{size}, by {name}", valued(plain[size], hits(rule)), valued(prompted[size], hits(rule)))]
-    return findings, size_bars(lab, {"plain": plain, "prompted": prompted}, "HHH accuracy by mean log-prob, %", "accuracy_mean")
+    return findings, size_curves(lab, {"plain": plain, "prompted": prompted}, "HHH accuracy by mean log-prob, %", "accuracy_mean")
 
 
 def distilled_equals_prompted(lab):
@@ -82,8 +89,8 @@ def imitation_findings(lab, arms, label, verdict):
     rulers = ("no_context", "longer_wins")
     if len(lab.sizes) == 1:
         return findings, set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, rulers=rulers)
-    return findings, bars({name: {size: mean_of(arm[size], "accuracy") for size in lab.sizes} for name, arm in arms.items()}
-                          | {name.replace("_", " "): {size: mean_of(ranked[size], name) for size in lab.sizes} for name in rulers}, label)
+    return findings, curves({name: [mean_of(arm[size], "accuracy") for size in lab.sizes] for name, arm in arms.items()}
+                            | {name.replace("_", " "): [mean_of(ranked[size], name) for size in lab.sizes] for name in rulers}, *size_axis(lab), label)
 
 
 def ranked_beats_imitation(lab):
@@ -91,6 +98,25 @@ def ranked_beats_imitation(lab):
     arms = against_imitation(lab, lab.ranked)
     yield arms
     return imitation_findings(lab, arms, "accuracy on held-out ranked comparisons, %", above)
+
+
+def calibration(lab):
+    """Section 2.1: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is better."""
+    runs = against_imitation(lab, lab.ranked)["preference model"][lab.size]
+    yield runs
+    confidence = lambda figures, at: np.average([row[at] for row in figures["reliability"]], weights=[row[2] for row in figures["reliability"]])
+    surplus = [100 * np.mean([confidence(own[seed].figures, 3) - confidence(own[seed].figures, 4) for own in runs.values()]) for seed in lab.seeds]
+    tables = [[row for run in own for row in run.figures["reliability"]] for own in runs.values()]
+
+    def draw(ax):
+        for n, (name, rows) in enumerate(zip(runs, tables)):
+            parts = [[row for row in rows if row[0] == low] for low in sorted({row[0] for row in rows})]
+            points = np.array([np.average([row[3:] for row in part], weights=[row[2] for row in part], axis=0) for part in parts])
+            ax.plot(*(100 * points.T), ("o-", "s--", "^:", "d-.")[n % 4], color=str(0.15 * (n % 4)), label=name)
+        ax.plot([50, 100], [50, 100], color="0.7", label="perfect")
+        ax.set(xlabel="mean probability given to the likelier one, %", ylabel="how often it is the better one, %")
+        ax.legend(frameon=False)
+    return [equal("mean probability given minus accuracy", *over_seeds(surplus), over="seeds")], draw
 
 
 def binary_equals_imitation(lab):
@@ -129,8 +155,8 @@ def pmp_curve(lab):
             "Mix": {n: transferred(lab, pre_trained(lab), n=n, names=lab.large) for n in lab.amounts}}
     yield arms
     findings = [finding for n in lab.amounts for finding in compared(f"at {n:,} comparisons: with minus without", valued(arms["none"][n]), valued(arms["Mix"][n]))]
-    return findings, bars({f"pre-training: {name}": {f"{n:,}": mean_of(arm[n], "accuracy") for n in lab.amounts} for name, arm in arms.items()},
-                          "held-out accuracy after so many comparisons, %")
+    return findings, curves({f"pre-training: {name}": [mean_of(arm[n], "accuracy") for n in lab.amounts] for name, arm in arms.items()},
+                            lab.amounts, "comparisons of finetuning", "held-out accuracy, %")
 
 
 def pmp_by_source(lab):
@@ -249,8 +275,8 @@ def truthfulqa_needs_mutual_information(lab):
     yield runs
     rules = {"sum": "sum log-prob", "mean": "mean log-prob", "mi": "mutual information"}
     findings = [finding for size in runs for finding in compared(f"{size}: mutual information minus sum", *(valued(runs[size], lab.right(rule)) for rule in ("sum", "mi")))]
-    return findings, bars({name: {size: mean_of(runs[size], lab.right_key.format(rule)) for size in lab.sizes} for rule, name in rules.items()},
-                          "questions with popular falsehoods, %")
+    by_rule = {name: [mean_of(runs[size], lab.right_key.format(rule)) for size in lab.sizes] for rule, name in rules.items()}
+    return findings, curves(by_rule, *size_axis(lab), "questions with popular falsehoods, %")
 
 
 def prior_not_finetuning(lab):
@@ -277,7 +303,7 @@ def alignment_tax(lab):
     yield plain, prompted
     right = lambda run: {item["item"]: (item["right"], item["group"]) for item in run.items()}
     findings = [finding for size in lab.sizes for finding in compared(f"{size}: accuracy lost behind the prompt", valued(prompted[size], right), valued(plain[size], right))]
-    return findings, size_bars(lab, {"plain": plain, "prompted": prompted}, "last words told right, %")
+    return findings, size_curves(lab, {"plain": plain, "prompted": prompted}, "last words told right, %")
 
 
 def code_tax(lab):
@@ -302,10 +328,10 @@ def scaling(lab):
                 above(f"language model's loss: {small} minus {large}", *over_seeds(np.subtract(loss[small], loss[large])), unit="nats a token", over="seeds")]
 
     def draw(ax):
-        n = [12 * SIZES[size][0] * SIZES[size][1] ** 2 for size in lab.sizes]
+        n, along = size_axis(lab)
         mean, sd = zip(*(mean_of(ranked[size], "accuracy") for size in lab.sizes))
         ax.errorbar(n, mean, sd, fmt="o-", color="black", capsize=3, label="preference model, accuracy")
-        ax.set(xscale="log", xlabel="12 n_layer d_model², parameters", ylabel="held-out accuracy, %")
+        ax.set(xscale="log", xlabel=along, ylabel="held-out accuracy, %")
         other = ax.twinx()
         other.errorbar(n, [np.mean(loss[size]) for size in lab.sizes], fmt="s--", color="0.5", label="language model, loss")
         other.set_ylabel("held-out loss, nats a token")
@@ -338,7 +364,7 @@ def synthetic_transfer(lab):
 
 CLAIMS = {f.__name__.replace("_", "-"): f for f in (
     prompt_helps, distilled_equals_prompted, ranked_beats_imitation, binary_equals_imitation, pmp_sample_efficiency,  # the core
-    alignment_tax, code_tax, prior_not_finetuning, pmp_curve, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
+    calibration, alignment_tax, code_tax, prior_not_finetuning, pmp_curve, pmp_by_source, binary_pmp_transfers_better, lm_loss_helps_pmp, end_of_context_helps, human_vs_model_pairs,
     accuracy_at_k, ensembles, toxicity_falls, elo_ranks, truthfulqa_needs_mutual_information, scaling, synthetic_transfer)}
 CORE = list(CLAIMS)[:5]
 ELSEWHERE = {Toy: {"code-tax"}, Small: {"synthetic-transfer"}, Gpu: {"synthetic-transfer"}}  # the toy world has no programs; its synthetic data need no other scale

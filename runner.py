@@ -213,8 +213,7 @@ def execute(runs, jobs, launch="", gpus=0):
                     bar.update()
                 elif slots and all(need.done for need in run.needs):
                     slot = slots.pop(0)
-                    own = {} if launch else {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-                    running[pool.submit(run.execute, launch, own)] = run, slot
+                    running[pool.submit(run.execute, launch, {} if launch else share(slot, jobs, gpus))] = run, slot
                     waiting.remove(run)
             if not running:
                 continue
@@ -232,6 +231,14 @@ def execute(runs, jobs, launch="", gpus=0):
                 if bar.disable:
                     print(f"{time.monotonic() - begun:6.0f} s, about {rest / 60:.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
     return failed
+
+
+def share(slot, jobs, gpus):
+    """Environment of the job in a slot: its GPU, of those that this process may use, or the threads of its share of the cores."""
+    if not gpus:
+        return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or range(gpus)
+    return {"CUDA_VISIBLE_DEVICES": str(devices[slot % gpus])}
 
 
 def cores():
