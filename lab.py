@@ -126,9 +126,9 @@ def binary_equals_imitation(lab):
     return imitation_findings(lab, arms, "accuracy on held-out binary comparisons, %", equal)
 
 
-def transferred(lab, pre_trained=None, *flags, n=None, names=None):
+def transferred(lab, pre_trained=None, *flags, n=None, names=None, size=None):
     """{set: runs} of what is right after finetuning on few comparisons from pre_trained(seed), or from the language model."""
-    return {name: lab.by_seed(lambda s: lab.accuracy(lab.tuned(name, s, *flags, init=pre_trained and pre_trained(s), n=n), name))
+    return {name: lab.by_seed(lambda s: lab.accuracy(lab.tuned(name, s, *flags, init=pre_trained and pre_trained(s), n=n, size=size), name, size=size))
             for name in names or lab.targets}
 
 
@@ -143,10 +143,14 @@ def pre_trained(lab, *flags, **more):
 
 
 def pmp_sample_efficiency(lab):
-    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons."""
-    arms = {"without pre-training": transferred(lab), "with it": transferred(lab, pre_trained(lab))}
+    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons, more so for large models."""
+    arms = {"without pre-training": {size: transferred(lab, size=size) for size in reversed(lab.sizes)},
+            "with it": {size: transferred(lab, pre_trained(lab, size=size), size=size) for size in reversed(lab.sizes)}}
     yield arms
-    return transfer_findings(lab, "with minus without pre-training", arms)
+    without, with_it = arms.values()
+    findings = [finding for size in without for finding in
+                compared(f"{size}: with minus without pre-training, at {lab.few} comparisons", valued(without[size]), valued(with_it[size]))]
+    return findings, size_curves(lab, arms, f"held-out accuracy after {lab.few} comparisons, %")
 
 
 def pmp_curve(lab):

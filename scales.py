@@ -65,13 +65,14 @@ class Lab:
         return self.run("train_pm.py", "--init", init, "--seed", seed, "--lr", self.rate(size), "--held_out", held_out, "--eval_every", 10**6, *flags,
                         seconds=self.seconds(size, comparisons * self.tokens))
 
-    def pm(self, name, seed, *flags, size=None, init=None):
-        """A preference model of the set `name`, from the language model unless `init` is given."""
+    def pm(self, name, seed, *flags, size=None):
+        """A preference model of the set `name`."""
         size = size or self.size
-        return self.train_pm(size, init or self.lm(size, seed), seed, "--data", self.data(name), *self.much, *flags, held_out=self.held_out(name), comparisons=self.comparisons)
+        return self.train_pm(size, self.lm(size, seed), seed, "--data", self.data(name), *self.much, *flags, held_out=self.held_out(name), comparisons=self.comparisons)
 
     def tuned(self, name, seed, *flags, init=None, n=None, size=None):
-        """A preference model of n comparisons of a set, 8 a step: with the paper's 32 the 16 steps that 500 come to teach nothing."""
+        """A preference model of n comparisons of a set, from a pre-trained one or the language model, 8 a step: with the paper's 32 the 16 steps
+        that 500 come to teach nothing."""
         size = size or self.size
         return self.train_pm(size, init or self.lm(size, seed), seed, "--data", self.data(name), "--pairs", n or self.few, "--batch", 8, *flags,
                              held_out=self.held_out(name), comparisons=n or self.few)
@@ -112,7 +113,7 @@ class Lab:
 
 class Toy(Lab):
     """The embedded world: every set is one of its files."""
-    name, default_sizes = "toy", ("test", "0.8m")
+    default_sizes = "test", "0.8m"
     ranked = targets = large = ("ranked",)
     binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
     much, amounts, comparisons, tested, ks = (), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training

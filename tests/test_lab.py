@@ -179,5 +179,5 @@ def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, publish
     done = run(script, ROOT, *flags)
     report = (tmp_path / "lab/small/report.md").read_text()
     assert done.returncode == 1 and "| code-tax |  | *failed:" in report and report.count("*failed:") == 1, done.stderr  # there is no MBPP
-    assert "with minus without pre-training, at 20 comparisons, mean of 2 sets" in report and ", hellaswag:" in report and ", hh:" in report and "mean probability given minus accuracy" in report
+    assert "test: with minus without pre-training, at 20 comparisons, mean of 2 sets" in report and ", hellaswag:" in report and ", hh:" in report and "mean probability given minus accuracy" in report
     assert {path.name for path in (tmp_path / "lab/small").glob("*.png")} == {"pmp-sample-efficiency.png", "calibration.png"}
