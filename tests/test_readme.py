@@ -61,3 +61,15 @@ def test_the_commands_of_the_readme_run_in_their_order(place):
         assert done.returncode == 0, f"{command}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
         ran += 1
     assert ran >= 10
+
+
+def test_the_map_of_files_is_true():
+    """Each row's files exist, no file of the project is missing, and the numbers of lines are nearly right."""
+    named, rows = set(), re.findall(r"^\| (`[^|]*) \|[^|]*\| ([\d,]+) \|$", README, re.MULTILINE)
+    for files, lines in rows:
+        folder, _, names = files.partition(": ")
+        paths = [ROOT / f"{folder.strip('`')}{name}.py" for name in names.split(", ")] if names else [ROOT / name.strip("`") for name in files.split()]
+        paths = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+        named |= set(paths)
+        assert sum(len(path.read_text().splitlines()) for path in paths) == pytest.approx(int(lines.replace(",", "")), rel=0.03), files
+    assert {path for pattern in ("*.py", "data/*.py", "evals/*.py") for path in ROOT.glob(pattern) if path.name != "__init__.py"} <= named
