@@ -201,7 +201,7 @@ class Small(Lab):
     def __init__(self, args):
         super().__init__(args)
         if not args.data or not Path(args.data).is_dir():
-            raise InputError(f"{self.name} needs --data DIR, the folder of the published files")
+            raise InputError(f"{self.name} needs --data DIR, the folder of the published files" + (f"; {args.data} is no folder" if args.data else ""))
         self.files, self.given = Path(args.data).resolve(), Path(args.lm).resolve() if args.lm else None
         if self.given:
             config = checkpoint.load_lm(self.given)[0].config
