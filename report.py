@@ -38,7 +38,7 @@ def write_report(folder, args, results):
     write_file(folder / "results.json", json.dumps({"about": about, "claims": {
         name: {"statement": statement, "findings": [{k: None if v in (math.inf, -math.inf) else v for k, v in vars(f).items()} for f in findings] if findings else None, "failed": None if findings else why}
         for name, (statement, findings, why) in results.items()}}, indent=1))
-    print("\n" + "\n".join(f"  {name:<38}{effect:<36}{verdict}" for name, effect, verdict, *_ in rows) + f"\n\nreport: {folder / 'report.html'}")
+    print("\n" + "\n".join(f"  {name:<38}{effect:<50}{verdict}" for name, effect, verdict, *_ in rows) + f"\n\nreport: {folder / 'report.html'}")
 
 
 def table(args, results):
@@ -52,7 +52,9 @@ def table(args, results):
 
 
 def shown(finding):
-    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}" + (" (over seeds only)" if finding.over == "seeds" else "")
+    if math.isinf(finding.low):
+        return f"{finding.effect:+.1f} {finding.unit} (no interval)"
+    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}" + (", over seeds only" if finding.over == "seeds" else "")
 
 
 def picture(draw):

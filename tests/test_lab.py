@@ -111,12 +111,13 @@ def test_verdicts():
 def test_the_report_is_one_file_and_tells_failures(tmp_path):
     class args:
         scale, seeds, sizes, given = "toy", 3, ["test"], ["--seeds", "3"]
-    results = {"it-holds": ("It holds.", [findings.above("b minus a", 5.0, 2.0, 8.0)], picture(findings.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %"))),
+    results = {"it-holds": ("It holds.", [findings.above("b minus a", 5.0, 2.0, 8.0), findings.above("c", *findings.over_seeds([1.0, 1.0]))], picture(findings.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %"))),
                "it-failed": ("It fails.", None, "train_pm.py: exit code 2: no <data>")}
     write_report(tmp_path, args, results)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "data:image/png;base64," in page and "src='it" not in page and "no &lt;data&gt;" in page and "<script" not in page
     assert "| it-holds | +5.0 (+2.0 to +8.0) points | *holds* | It holds. | `python lab.py toy it-holds --seeds 3` |" in text
+    assert "- c: +1.0 points (no interval): *cannot tell*" in text
     assert "failed: train_pm.py: exit code 2" in text and (tmp_path / "it-holds.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]["findings"][0]["verdict"] == "holds"
 
