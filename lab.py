@@ -15,6 +15,7 @@ Claims:
 import argparse
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,11 @@ def against_imitation(lab, names):
 def imitation_findings(lab, arms, label, verdict):
     imitation, ranked = arms.values()
     findings = [finding for size in ranked for finding in compared(f"{size}: preference model minus imitation", valued(imitation[size]), valued(ranked[size]), verdict)]
+    alone = valued(ranked[lab.size], lambda run: pairs_right(run, "no_context"))
+    learned = compared(f"{lab.size}: preference model minus the same without the context", alone, valued(ranked[lab.size]))
+    if verdict is equal and learned[0].verdict != "holds":  # two arms that have learned nothing are equal too: that tells nothing
+        findings = [replace(finding, verdict="cannot tell") if finding.verdict == "holds" else finding for finding in findings]
+    findings += learned
     rulers = ("no_context", "longer_wins")
     if len(lab.sizes) == 1:
         return findings, set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, rulers=rulers)
