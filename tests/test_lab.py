@@ -108,6 +108,24 @@ def test_verdicts():
     assert findings.above("", *findings.over_seeds([1.0, 1.0, 1.0])).verdict == "cannot tell"  # one model for all seeds: no interval
 
 
+class Scored:
+    """A finished `evaluate.py pm` run of 200 comparisons, right on some of them with the context and on half without it."""
+
+    def __init__(self, right):
+        self.right, self.figures = right, {"score": "reward", "accuracy": right, "no_context": 0.5, "longer_wins": 0.5}
+
+    def items(self):
+        return [{"where": i, "group": str(i), "scores": [1, 0], "reward": [float(i < 200 * self.right), 0.5], "no_context": [float(i % 2), 0.5]} for i in range(200)]
+
+
+def test_arms_that_learned_nothing_are_not_reported_as_equal():
+    class scale:
+        size, sizes = "test", ["test"]
+    verdicts = lambda right: [finding.verdict for finding in lab.imitation_findings(
+        scale, {"imitation": {"test": {"set": [Scored(right)] * 3}}, "preference model": {"test": {"set": [Scored(right)] * 3}}}, "accuracy", findings.equal)[0]]
+    assert verdicts(0.9) == ["holds", "holds"] and verdicts(0.5) == ["cannot tell", "cannot tell"]
+
+
 def test_the_report_is_one_file_and_tells_failures(tmp_path):
     class args:
         scale, seeds, sizes, given = "toy", 3, ["test"], ["--seeds", "3"]
