@@ -156,11 +156,17 @@ def curves(named, at, along, label):
         for n, (series, values) in enumerate(named.items()):
             mean, sd = zip(*values)
             ax.errorbar(at, mean, sd, fmt=("o-", "s--", "^:", "d-.")[n % 4], color=str(0.15 * (n % 4)), capsize=3, label=series)
-        ax.set(xscale="log", xlabel=along, ylabel=label)
-        ax.set_xticks(at, [f"{x / 1e6:.3g}M" if x >= 1e5 else f"{x:,}" for x in at])
-        ax.minorticks_off()
+        log_axis(ax, at, along)
+        ax.set_ylabel(label)
         ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return draw
+
+
+def log_axis(ax, at, along):
+    """Mark the measured places, and no others, on a logarithmic axis."""
+    ax.set(xscale="log", xlabel=along)
+    ax.set_xticks(at, [f"{x / 1e6:.2g}M" if x >= 5e4 else f"{x:,}" for x in at])
+    ax.minorticks_off()
 
 
 def set_bars(arms, label, key="accuracy", rulers=()):

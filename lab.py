@@ -26,7 +26,7 @@ from data import synthetic, toy
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, curves, equal, hits, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from findings import above, bars, compared, curves, equal, hits, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
 from runner import Run, cores, execute, needed
@@ -232,11 +232,11 @@ def accuracy_at_k(lab):
                             for item in run.items()}
 
     def draw(ax):
-        for runs, name, style in ((ranked, "reward", "o-"), (imitation, "mean_log-prob", "s--"), (ranked, "chance", "k:"), (ranked, "best_possible", "k-.")):
+        for runs, name, style in ((ranked, "reward", "o-"), (imitation, "mean_log-prob", "s--"), (ranked, "chance", ":"), (ranked, "best_possible", "-.")):
             mean, sd = zip(*(mean_of(runs, f"accuracy@{k}_{name}") for k in ks))
             ax.errorbar(ks, mean, sd, fmt=style, color="black", capsize=3, label={"reward": "preference model", "mean_log-prob": "imitation"}.get(name, name.replace("_", " ")))
-        ax.set(xscale="log", xlabel="k, samples to choose from", ylabel="accuracy@k, %")
-        ax.set_xticks(ks, ks)
+        log_axis(ax, ks, "k, samples to choose from")
+        ax.set_ylabel("accuracy@k, %")
         ax.legend(frameon=False)
     return [*compared("best of all samples: preference model minus imitation", valued(imitation, best("mean")), valued(ranked, best("reward"))),
             *compared("preference model: best of all samples minus one of them", valued(ranked, best(None)), valued(ranked, best("reward")))], draw
@@ -341,7 +341,8 @@ def scaling(lab):
         n, along = size_axis(lab)
         mean, sd = zip(*(mean_of(ranked[size], "accuracy") for size in lab.sizes))
         ax.errorbar(n, mean, sd, fmt="o-", color="black", capsize=3, label="preference model, accuracy")
-        ax.set(xscale="log", xlabel=along, ylabel="held-out accuracy, %")
+        log_axis(ax, n, along)
+        ax.set_ylabel("held-out accuracy, %")
         other = ax.twinx()
         other.errorbar(n, [np.mean(loss[size]) for size in lab.sizes], fmt="s--", color="0.5", label="language model, loss")
         other.set_ylabel("held-out loss, nats a token")
