@@ -285,8 +285,8 @@ def truthfulqa_needs_mutual_information(lab):
     yield runs
     rules = {"sum": "sum log-prob", "mean": "mean log-prob", "mi": "mutual information"}
     findings = [finding for size in runs for finding in compared(f"{size}: mutual information minus sum", *(valued(runs[size], lab.right(rule)) for rule in ("sum", "mi")))]
-    by_rule = {name: [mean_of(runs[size], lab.right_key.format(rule)) for size in lab.sizes] for rule, name in rules.items()}
-    return findings, curves(by_rule, *size_axis(lab), "questions with popular falsehoods, %")
+    by_rule, label = {name: [mean_of(runs[size], lab.right_key.format(rule)) for size in lab.sizes] for rule, name in rules.items()}, "questions with popular falsehoods, %"
+    return findings, bars({"": {name: values[0] for name, values in by_rule.items()}}, label) if len(lab.sizes) == 1 else curves(by_rule, *size_axis(lab), label)
 
 
 def prior_not_finetuning(lab):
