@@ -27,21 +27,10 @@ class Finding:
 # A run's items -> {item: (value, group)}
 
 
-def hits(rule, category=None):
+def hits(rule, category=None, hit=choices.hit):
     """A function run -> {item: (1 where the best-scored choice is the right one, group)}, of multiple-choice runs."""
-    right = lambda item: choices.hit(np.array(item["scores"]), np.array(item[rule]))
+    right = lambda item: hit(np.array(item["scores"]), np.array(item[rule]))
     return lambda run: {item["item"]: (right(item), item["group"]) for item in run.items() if category in (None, item.get("category"))}
-
-
-def first_choice(rule):
-    """The same for TruthfulQA's MC1: the best answer (score 2) against the incorrect ones (0)."""
-    def values(run):
-        found = {}
-        for item in run.items():
-            truth, score = np.array(item["scores"]), np.array(item[rule])
-            found[item["item"]] = choices.hit(truth[truth != 1], score[truth != 1]), item["group"]
-        return found
-    return values
 
 
 def pairs_right(run, key=None):
@@ -155,11 +144,16 @@ def curves(named, at, along, label):
     def draw(ax):
         for n, (series, values) in enumerate(named.items()):
             mean, sd = zip(*values)
-            ax.errorbar(at, mean, sd, fmt=("o-", "s--", "^:", "d-.")[n % 4], color=str(0.15 * (n % 4)), capsize=3, label=series)
+            ax.errorbar(at, mean, sd, capsize=3, label=series, **line_style(n))
         log_axis(ax, at, along)
         ax.set_ylabel(label)
         ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return draw
+
+
+def line_style(n):
+    """Mark, dashes and grey of the n-th line of a figure."""
+    return {"fmt": ("o-", "s--", "^:", "d-.")[n % 4], "color": str(0.15 * (n % 4))}
 
 
 def log_axis(ax, at, along):

@@ -26,7 +26,7 @@ from data import synthetic, toy
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, curves, equal, hits, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from findings import above, bars, compared, curves, equal, hits, line_style, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
 from runner import Run, cores, execute, needed
@@ -43,11 +43,13 @@ def by_size(lab, make):
     return {size: lab.by_seed(lambda seed: make(size, seed)) for size in reversed(lab.sizes)}
 
 
-def size_curves(lab, arms, label, key="accuracy"):
-    """Accuracy against size, as the paper draws it: {arm: {size: runs}}; bars where there is one size."""
+def size_curves(lab, arms, label, key="accuracy", rulers=()):
+    """Accuracy against size, as the paper draws it: {arm: {size: runs}}; bars where there is one size. rulers: as of set_bars."""
     if len(lab.sizes) == 1:
-        return set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, key)
-    return curves({name: [mean_of(arm[size], key) for size in lab.sizes] for name, arm in arms.items()}, *size_axis(lab), label)
+        return set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, key, rulers)
+    last = list(arms.values())[-1]
+    keyed = [(name, arm, key) for name, arm in arms.items()] + [(name.replace("_", " "), last, name) for name in rulers]
+    return curves({name: [mean_of(arm[size], own) for size in lab.sizes] for name, arm, own in keyed}, *size_axis(lab), label)
 
 
 def size_axis(lab):
@@ -91,12 +93,7 @@ def imitation_findings(lab, arms, label, verdict):
     learned = compared(f"{lab.size}: preference model minus the same without the context", alone, valued(ranked[lab.size]))
     if verdict is equal and learned[0].verdict != "holds":  # two arms that have learned nothing are equal too: that tells nothing
         findings = [replace(finding, verdict="cannot tell") if finding.verdict == "holds" else finding for finding in findings]
-    findings += learned
-    rulers = ("no_context", "longer_wins")
-    if len(lab.sizes) == 1:
-        return findings, set_bars({name: arm[lab.size] for name, arm in arms.items()}, label, rulers=rulers)
-    return findings, curves({name: [mean_of(arm[size], "accuracy") for size in lab.sizes] for name, arm in arms.items()}
-                            | {name.replace("_", " "): [mean_of(ranked[size], name) for size in lab.sizes] for name in rulers}, *size_axis(lab), label)
+    return findings + learned, size_curves(lab, arms, label, rulers=("no_context", "longer_wins"))
 
 
 def ranked_beats_imitation(lab):
@@ -110,15 +107,15 @@ def calibration(lab):
     """Section 2.1: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is better."""
     runs = against_imitation(lab, lab.ranked)["preference model"][lab.size]
     yield runs
-    confidence = lambda figures, at: np.average([row[at] for row in figures["reliability"]], weights=[row[2] for row in figures["reliability"]])
-    surplus = [100 * np.mean([confidence(own[seed].figures, 3) - confidence(own[seed].figures, 4) for own in runs.values()]) for seed in lab.seeds]
-    tables = [[row for run in own for row in run.figures["reliability"]] for own in runs.values()]
+    table = lambda run: run.figures["reliability"]
+    given_and_right = lambda rows: np.average([row[3:] for row in rows], weights=[row[2] for row in rows], axis=0)  # of so many pairs
+    surplus = [100 * np.mean([np.subtract(*given_and_right(table(own[seed]))) for own in runs.values()]) for seed in lab.seeds]
 
     def draw(ax):
-        for n, (name, rows) in enumerate(zip(runs, tables)):
-            parts = [[row for row in rows if row[0] == low] for low in sorted({row[0] for row in rows})]
-            points = np.array([np.average([row[3:] for row in part], weights=[row[2] for row in part], axis=0) for part in parts])
-            ax.plot(*(100 * points.T), ("o-", "s--", "^:", "d-.")[n % 4], color=str(0.15 * (n % 4)), label=name)
+        for n, (name, own) in enumerate(runs.items()):
+            rows = [row for run in own for row in table(run)]
+            points = np.array([given_and_right([row for row in rows if row[0] == low]) for low in sorted({row[0] for row in rows})])
+            ax.errorbar(*(100 * points.T), label=name, **line_style(n))
         ax.plot([50, 100], [50, 100], color="0.7", label="perfect")
         ax.set(xlabel="mean probability given to the likelier one, %", ylabel="how often it is the better one, %")
         ax.legend(frameon=False)
@@ -421,24 +418,25 @@ def main():
             runs[name] = list(all_runs(next(claim)))
         except InputError as error:  # what it needs is not there; the others can go on
             runs[name], results[name] = [], (None, str(error))
-    todo = [run for run in needed(itertools.chain(*runs.values())) if not run.done]
+    everything = needed(itertools.chain(*runs.values()))
+    todo = [run for run in everything if not run.done]
     jobs = args.jobs or (1 if args.launch else gpus or cores())
-    print(f"{len(needed(itertools.chain(*runs.values())))} runs, {len(todo)} of them still to do, {jobs} at a time: "
+    print(f"{len(everything)} runs, {len(todo)} of them still to do, {jobs} at a time: "
           f"about {sum(run.seconds for run in todo) / jobs / 60:.0f} minutes", flush=True)
     for name, (_, why) in results.items():
         print(f"{name} cannot be tested: {why}")
     if args.dry_run:
-        for run in needed(itertools.chain(*runs.values())):
+        for run in everything:
             print(f"  {'done' if run.done else f'{run.seconds:3.0f} s'}  python {' '.join(run.command())}")
         return
-    failed = execute(itertools.chain(*runs.values()), jobs, args.launch, gpus)
+    failed = execute(everything, jobs, args.launch, gpus)
     for name, claim in claims.items():
         if name in results:
             continue
         bad = [run for run in needed(runs[name]) if run.key in failed]
         results[name] = (None, failed[bad[0].key]) if bad else concluded(claim)
     folder = Path(args.out) / args.scale
-    write_file(folder / "runs.jsonl", "".join((run.folder / "done.json").read_text() + "\n" for run in needed(itertools.chain(*runs.values())) if run.done))
+    write_file(folder / "runs.jsonl", "".join((run.folder / "done.json").read_text() + "\n" for run in everything if run.done))
     write_report(folder, args, {name: (there[name].__doc__.splitlines()[0], *results[name]) for name in claims})
     if any(findings is None for findings, _ in results.values()):
         sys.exit(1)

@@ -16,7 +16,8 @@ import checkpoint
 from data import toy, toy_sources
 from data.errors import InputError
 from data.files import write_file
-from findings import first_choice, hits
+from evals import choices
+from findings import hits
 from model import SIZES
 from runner import Run
 
@@ -98,8 +99,8 @@ class Lab:
 
     # ---- Evaluations
 
-    def evaluate(self, benchmark, model, *flags, prompted=False, size=None, tokens=10**5):
-        return self.run("evaluate.py", benchmark, "--model", model, *(self.prompt if prompted else ()), *flags, seconds=self.seconds(size or self.size, tokens, 2))
+    def evaluate(self, benchmark, model, *flags, prompted=False, size=None, tokens=10**5, seconds=None):
+        return self.run("evaluate.py", benchmark, "--model", model, *(self.prompt if prompted else ()), *flags, seconds=seconds or self.seconds(size or self.size, tokens, 2))
 
     def accuracy(self, model, name, *flags, size=None):
         """Of a preference model on a set's held-out comparisons."""
@@ -107,8 +108,7 @@ class Lab:
 
     def sampled(self, benchmark, model, contexts, *flags, n=1, prompted=False):
         """Benchmarks that write a text or more for each context."""
-        return self.run("evaluate.py", benchmark, "--model", model, *(self.prompt if prompted else ()), *flags, "--n", n, "--max_new", self.max_new,
-                        seconds=contexts * n**0.5 * self.max_new * 0.002)
+        return self.evaluate(benchmark, model, *flags, "--n", n, "--max_new", self.max_new, prompted=prompted, seconds=contexts * n**0.5 * self.max_new * 0.002)
 
 
 class Toy(Lab):
@@ -213,7 +213,10 @@ class Small(Lab):
         self.prompt_text = Path(__file__).parent / "data/prompts/hhh.txt"
 
     def lm(self, size, seed):
-        return self.given or self.run("train_lm.py", "--data", self.text(), "--size", size, *self.learn, seconds=self.seconds(size, 12.3e6))
+        return self.given or self.run("train_lm.py", "--data", self.text(), "--size", size, *self.learn, seconds=self.seconds(size, self.lm_tokens()))
+
+    def lm_tokens(self):
+        return 12.3e6
 
     def find(self, pattern):
         """The files under --data of this name; InputError without any, which fails the claim and not the lab."""
@@ -222,9 +225,9 @@ class Small(Lab):
             raise InputError(f"{self.files / pattern}: no such file")
         return found
 
-    def prepared(self, how, pattern, *more, seconds=15):
+    def prepared(self, how, pattern, *more):
         name, *flags = how.split()
-        return self.run(f"-m data.prepare {name}", *flags, *more, "--raw", *self.find(pattern), seconds=seconds)
+        return self.run(f"-m data.prepare {name}", *flags, *more, "--raw", *self.find(pattern), seconds=15)
 
     def data(self, name):
         how, pattern, _ = SETS[name]
@@ -252,7 +255,7 @@ class Small(Lab):
         """TruthfulQA."""
         return self.evaluate("truthfulqa", model, "--data", *self.find("truthfulqa/TruthfulQA.csv"), size=size)
 
-    right, right_key = staticmethod(first_choice), "MC1_{}"
+    right, right_key = staticmethod(lambda rule: hits(rule, hit=choices.first_choice)), "MC1_{}"
 
     def candidates(self):
         return "code", self.data("code")
@@ -277,9 +280,9 @@ class Gpu(Small):
     learn = ("--tokenizer", "bpe:50000", "--ctx", 2048, "--batch", 2**18, "--compile")
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 1000), 200
 
-    def lm(self, size, seed):
-        text = sum(path.stat().st_size for path in self.text().rglob("*") if path.is_file())
-        return self.given or self.run("train_lm.py", "--data", self.text(), "--size", size, *self.learn, seconds=self.seconds(size, text))  # packed 4 times, 4 bytes a token
+    def lm_tokens(self):
+        """About as many as --data DIR/text has bytes: it is packed to a quarter, and a token is four bytes."""
+        return sum(path.stat().st_size for path in self.text().rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

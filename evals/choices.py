@@ -161,6 +161,11 @@ def hit(truth, score):
     return (top & (truth == truth.max())).sum() / top.sum()
 
 
+def first_choice(truth, score):
+    """TruthfulQA's MC1: the best answer (2) against the incorrect ones (0), as `hit`."""
+    return hit(truth[truth != 1], score[truth != 1])
+
+
 def mass(truth, score):
     """Softmax of the scores over the choices, summed over the true ones (TruthfulQA's MC2)."""
     p = np.exp(score - score.max())
@@ -175,7 +180,7 @@ def choices(benchmark, paths, subject):
     scores, rulers = score(subject, records, data, examples)
     truths = [np.asarray(records[i]["scores"], float) for i in examples]
     if benchmark == "truthfulqa":
-        parts = {"MC1": lambda t, s: hit(t[t != 1], s[t != 1]), "MC2": mass}
+        parts = {"MC1": first_choice, "MC2": mass}
     else:
         parts = {"accuracy": hit}
     groups = np.array([records[i]["group"] for i in examples])

@@ -15,7 +15,6 @@ from evals import pm
 from model import Cache, GPT, read, stream
 
 
-
 @dataclass
 class Subject:
     name: str
