@@ -54,7 +54,8 @@ from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
 from evals import pm
 from evals.choices import HHH_ITEMS
-from model import GPT, SIZES, Config, Layout, generate, read
+from model import GPT, SIZES, Config, Layout, read
+from sampling import generate
 from train_pm import comparison_loss
 
 TRL_BATCHES = (8, 32)  # pairs a step
@@ -548,7 +549,7 @@ def measure_sampling(args, ranks, model, tokenizer, prompt, n=100, few=3):
     def run(n_at_once, times):
         def work():
             for _ in range(times):
-                generate(model, prompt, n_at_once, max_new=64, n_vocab=tokenizer.n_vocab)
+                generate(model, [prompt], n_at_once, max_new=64, n_vocab=tokenizer.n_vocab)
         return lambda _: timed(ranks.device, work) * n / (n_at_once * times)
     alone = f"one at a time ({few} of {n}, scaled)"
     figures = race({alone: run(1, few), f"n = {n}": run(n, 1)}, lambda r: r, args, ranks.device)

@@ -27,7 +27,8 @@ from data.errors import InputError, run_main
 from data.files import write_file
 from data.prompts import STOPS, fit_prompt, load_prompt
 from data.text import find_special
-from model import Cache, sample
+from model import Cache
+from sampling import sample
 
 TURN = "\n\nHuman: {}\n\nAssistant:"
 COMMANDS = __doc__[__doc__.index("  /reset"):].rstrip()
@@ -97,7 +98,7 @@ def answer(reader, tokenizer, prompt, turns, question, args, generator):
             if len(ids) >= ctx:
                 notes.append(f"the context of {ctx} tokens is full: the answer ends here")
                 break
-            token = sample(reader.logits(ids)[:, :tokenizer.n_vocab], args.temperature, args.top_p, generator).item()
+            token = sample(reader.logits(ids)[:, :tokenizer.n_vocab], args.temperature, args.top_p, torch.rand(1, dtype=torch.float64, generator=generator)).item()
             if token in (tokenizer.eot, tokenizer.eoc):
                 break
             said.append(token)
@@ -134,7 +135,7 @@ def main():
         raise InputError(f"{args.model}: a language model is needed to chat, and this is a preference model")
     model.dtype = trainer.pick_dtype(args.dtype, device)
     model.to(device).eval()
-    generator = torch.Generator(device)
+    generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     chat(args, tokenizer, Reader(model, trainer.micro_tokens(args, model, device)), generator)
 

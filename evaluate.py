@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import checkpoint
 import trainer
@@ -166,10 +165,8 @@ def draw(args):
     contexts = list(contexts)[:args.contexts]
     if not contexts:
         raise InputError(f"{args.data[0]}: no context in this file")
-    items = []
-    for number, context in enumerate(tqdm(contexts, desc="sampling", unit="context", disable=None)):
-        texts = samples(subject, context, args, number=number)
-        items.append({"context": context, "completions": texts, "scores": [0] * len(texts), "group": context})
+    items = [{"context": context, "completions": texts, "scores": [0] * len(texts), "group": context}
+             for context, texts in zip(contexts, samples(subject, contexts, args, unit="context"))]
     lengths = [len(text) for item in items for text in item["completions"]]
     print(f"{len(lengths):,} samples for {len(items):,} contexts, {sum(lengths) / len(lengths):.0f} characters on average; the first one:\n"
           f"{items[0]['context']}{items[0]['completions'][0]}")

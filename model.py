@@ -1,4 +1,4 @@
-"""The transformer, from the table of sizes to sampling. Imports torch only.
+"""The transformer, from the table of sizes to the losses' building blocks. Imports torch only.
 
 A decoder in the Llama layout: pre-RMSNorm, rotary positions, SwiGLU, no biases, (by default) tied embeddings. Parameter
 names are those of transformers' LlamaForCausalLM / LlamaForSequenceClassification, so a state dict needs no translation.
@@ -17,10 +17,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10; used on CUDA only
-except ImportError:
-    varlen_attn = None
+varlen_attn = None
+if torch.backends.cuda.is_built():  # elsewhere it has no use, and importing it takes a second
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+    except ImportError:
+        pass
 
 # name: (n_layer, d_model, n_head). 13m to 52b are the paper's (Appendix A); 12 * n_layer * d_model^2 names the size.
 SIZES = {
@@ -143,7 +145,6 @@ class Layout:
 # Attention: one function, several equal back ends
 
 
-@torch.compiler.disable  # the shapes of packed rows change with every batch: compiled code would be made anew each time
 def attention(q, k, v, layout, cache, layer):
     """Causal self-attention; q, k, v (B, T, H, D) or (T, H, D) with a layout, where q may hold only the completions' ends
     (K, H, D); returns the shape of q."""
@@ -312,12 +313,12 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d = config.d_model
-        self.n_head = config.n_head
+        self.n_head, self.attend = config.n_head, attention
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(d, d) for _ in range(4))
 
     def forward(self, x, cos, sin, layout, cache, layer, at=slice(None)):
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)) for x, proj in ((x[at], self.q_proj), (x, self.k_proj), (x, self.v_proj)))
-        return self.o_proj(attention(rotate(q, cos[at], sin[at]), rotate(k, cos, sin), v, layout, cache, layer).flatten(-2))
+        return self.o_proj(self.attend(rotate(q, cos[at], sin[at]), rotate(k, cos, sin), v, layout, cache, layer).flatten(-2))
 
 
 def rotate(x, cos, sin):
@@ -431,6 +432,14 @@ class GPT(nn.Module):
         return blocks, sum(p.numel() for p in self.parameters())
 
 
+@torch.no_grad()
+def read(model, tokens, prefix=None):
+    """(cache that has read the token ids (P,) after `prefix`, a cache or nothing; the last token's hidden state (1, d_model))."""
+    tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.unembedding.device)
+    cache = Cache(len(tokens)) if prefix is None else prefix.fork(1, len(tokens))
+    return cache, model(tokens[None], cache=cache)[:, -1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses' building blocks
 
@@ -472,7 +481,6 @@ def logits_in_cache(device, vocab_size):
     return max(1, (2**22 if device.type == "cpu" else 2**27) // vocab_size)
 
 
-@torch.compiler.disable
 def linear_loss(hidden, unembedding, row_loss, row_weight=None):
     """Any loss of the next tokens' logits. hidden (N, d), unembedding (V, d), row_weight (N,) or None for ones.
 
@@ -500,76 +508,3 @@ def cross_entropy(hidden, unembedding, targets, row_weight=None):
             return loss.squeeze(1), None
         return loss.squeeze(1), torch.softmax(logits, -1, out=logits).scatter_(1, t, torch.expm1(-loss).to(logits.dtype))
     return linear_loss(hidden, unembedding, row_loss, row_weight)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def sample(logits, temperature, top_p, generator):
-    """One token per row of logits (n, V). Temperature 0 takes the likeliest; top_p keeps the smallest set of the
-    likeliest tokens whose probability reaches it."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0  # the likeliest one stays, whatever top_p
-        return order.gather(1, draw(p, generator)).squeeze(1)
-    return draw(p, generator).squeeze(1)
-
-
-def draw(p, generator):
-    """One index (n, 1) per row of p (n, V), in proportion to it, by one random number a row: torch.multinomial draws one for each
-    of the n * V, which on CPUs takes longer than the model."""
-    total = p.double().cumsum(-1)
-    u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator) * total[:, -1:]
-    return torch.searchsorted(total, torch.minimum(u, total[:, -1:].nextafter(torch.zeros_like(u))), right=True)
-
-
-@torch.no_grad()
-def read(model, tokens, prefix=None):
-    """(cache that has read the token ids (P,) after `prefix`, a cache or nothing; the last token's hidden state (1, d_model))."""
-    tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.unembedding.device)
-    cache = Cache(len(tokens)) if prefix is None else prefix.fork(1, len(tokens))
-    return cache, model(tokens[None], cache=cache)[:, -1]
-
-
-@torch.no_grad()
-def stream(model, prompt, n=1, max_new=256, temperature=1.0, top_p=1.0, stop=(), n_vocab=None, generator=None, prefix=None, done=None):
-    """Yield (rows (m,), tokens (m,)) step by step for the samples still running; a stop token is yielded, then ends.
-    `done(rows, tokens)`, if given, tells after each step which of them (m,) have ended for another reason.
-
-    prompt: token ids (P,), computed once for all n samples. prefix: a cache of what stands before the prompt, if anything.
-    n_vocab: ids from there on are padding of the table and are never sampled. Raises ValueError if the prompt leaves no room
-    in the model's ctx.
-    """
-    before = len(prompt) + (prefix.start + prefix.length if prefix else 0)
-    room = min(max_new, model.config.ctx - before)
-    if len(prompt) == 0 or room <= 0:
-        raise ValueError(f"a prompt of {before} tokens leaves no room in a context of {model.config.ctx}")
-    cache, last = read(model, prompt, prefix)
-    cache, last = cache.fork(n, room), last.expand(n, -1)
-    rows, stop = torch.arange(n, device=last.device), torch.tensor(list(stop), dtype=torch.long, device=last.device)
-    for step in range(room):
-        tokens = sample(model.logits(last)[:, :n_vocab], temperature, top_p, generator)
-        yield rows, tokens
-        running = torch.isin(tokens, stop, invert=True)
-        if done is not None:
-            running &= ~done(rows, tokens).to(running.device)
-        if step + 1 == room or not running.any():
-            return
-        if not running.all():  # finished samples cost nothing more
-            alive = running.nonzero().squeeze(1)
-            rows, tokens = rows[alive], tokens[alive]
-            cache.keep(alive)
-        last = model(tokens[:, None], cache=cache)[:, -1]
-
-
-def generate(model, prompt, n=1, **settings):
-    """n samples that continue `prompt` (P,); a list of n lists of token ids. Settings: see `stream`."""
-    samples = [[] for _ in range(n)]
-    for rows, tokens in stream(model, prompt, n, **settings):
-        for row, token in zip(rows.tolist(), tokens.tolist()):
-            samples[row].append(token)
-    return samples

@@ -36,6 +36,7 @@ from model import SIZES
 
 STAGES = {"pmp": (0.1, 512, 1.0), "finetune": (0.01, 32, 0.0)}  # learning rate as a multiple of the LM's; comparisons a step; LM loss (Section 4)
 EVAL_COMPARISONS = 4096  # held-out comparisons that an evaluation during training reads at most; evaluate.py reads all
+COUNTED = {"ranked": "comparisons", "binarised": "comparisons", "binary": "completions", "imitation": "tokens"}  # what the mean loss is a mean over
 CONTROL = (" GOOD:", " BAD:")  # set before a completion by --binarise, as text: any tokenizer has it
 
 
@@ -125,7 +126,7 @@ def main():
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(scored):,} of them scored at every evaluation; a step: {batch} comparisons, about "
         f"{batch * tokens:,.0f} tokens; an epoch: {per_epoch:,} steps"])
     trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss, evaluate=evaluate,
-                  where=where, unit="comparisons", metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,
+                  where=where, unit=COUNTED[objective], metric_names=("accuracy",) if wants_head else (), resumed_from=meta if is_resumed else None,
                   meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr, "eoc": not args.no_eoc, "binarised": args.binarise,
                         "data": content_key(files), "trained_on": trainer.trained_on(meta, files, args.held_out)})
 

@@ -66,6 +66,7 @@ def start(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of its 1,024 kernels, one a shape and up to MBs each, packed rows reuse few
     if device.type == "cpu" and sys.platform == "linux":
         # Keep freed memory instead of giving it back and faulting it in again each step: 4 % faster (results/LOG.md).
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
@@ -258,7 +259,8 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
         for p in model.parameters():
             dist.broadcast(p.data, 0)
     if args.compile:
-        for block in model.model.layers:
+        for block in model.model.layers:  # but not attention: a packed row has shapes of its own, and the code would be made anew for each
+            block.self_attn.attend = torch.compiler.disable(block.self_attn.attend)
             block.compile(dynamic=True)
 
     log = Log(args, ranks, step, n_steps, unit)

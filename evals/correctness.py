@@ -15,7 +15,6 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
 
 import checkpoint
 import trainer
@@ -88,8 +87,8 @@ def records(paths, args, count):
             count.drop("functions whose own solution fails their tests")
     problems = [entry for entry, (own,) in zip(problems, outcomes) if own.passed]
     if subject:
-        problems = [(problem, before, sampled(problem, subject, args, number, count))
-                    for number, (problem, before, _) in enumerate(tqdm(problems, desc="sampling", unit="function", disable=None, leave=False))]
+        drawn = samples(subject, [code.format_prompt(problem, args.format) for problem, *_ in problems], args, [code.STOPS[args.format]] * len(problems), "function")
+        problems = [(problem, before, different(texts, args, count)) for (problem, before, _), texts in zip(problems, drawn)]
     else:
         problems = [(problem, before, mutants(problem, solution, args)) for problem, before, solution in problems]
     outcomes = run(problems, args, "running")
@@ -178,8 +177,8 @@ def mutants(problem, solution, args):
     return texts
 
 
-def sampled(problem, subject, args, number, count):
-    texts = samples(subject, code.format_prompt(problem, args.format), args, stops=code.STOPS[args.format], number=number)
+def different(texts, args, count):
+    """The bodies that samples begin with: with --keep_all all of them, else those that are neither blank nor repeated."""
     texts = [code.cut(text, args.format).rstrip() for text in texts]
     if args.keep_all:
         return texts

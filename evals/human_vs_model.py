@@ -4,7 +4,6 @@ The model is a language model finetuned on the good sides (`train_pm.py --object
 them in quality rather than in kind. Preference models pre-trained on such pairs transfer better than on pairs of human texts.
 """
 import numpy as np
-from tqdm import tqdm
 
 import checkpoint
 import trainer
@@ -47,12 +46,11 @@ def records(paths, args, count):
 
     lengths, cut, unfinished = [], 0, 0  # lengths: (human, sample) in characters
     tokens = lambda text: len(subject.tokenizer.encode(text))
-    for number, (context, completions, scores, group) in enumerate(tqdm(found, desc="sampling", unit="context", disable=None)):
-        human = completions[int(np.argmax(scores))]
-        is_dialogue = "\n\nHuman:" in context and "\n\nAssistant:" in context
-        drawn = samples(subject, context, args, stops=STOPS if is_dialogue else (), number=number)
-        kept = []
-        for text in drawn:
+    is_dialogue = ["\n\nHuman:" in context and "\n\nAssistant:" in context for context, *_ in found]
+    drawn = samples(subject, [context for context, *_ in found], args, [STOPS if turns else () for turns in is_dialogue], "context")
+    for (context, completions, scores, group), texts in zip(found, drawn):
+        human, kept = completions[int(np.argmax(scores))], []
+        for text in texts:
             if not text.strip():
                 count.drop("samples that are empty")
             elif text.strip() == human.strip():

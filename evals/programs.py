@@ -1,6 +1,5 @@
 """Functions written by a language model, run with their tests: HumanEval, MBPP, QuixBugs (Section 2 of the paper)."""
 import numpy as np
-from tqdm import tqdm
 
 from data.errors import InputError
 from evals import code, pm, sandbox
@@ -16,8 +15,8 @@ def pass_rates(args, subject):
     if not problems:
         raise InputError(f"{args.data[0]}: no problems in this file")
     how = args.format or ("prompt" if subject.prefix else "plain")
-    written = [[code.cut(text, how) for text in samples(subject, code.format_prompt(problem, how), args, stops=code.STOPS[how], number=number)]
-               for number, problem in enumerate(tqdm(problems, desc="sampling", unit="problem", disable=None, leave=False))]
+    drawn = samples(subject, [code.format_prompt(problem, how) for problem in problems], args, [code.STOPS[how]] * len(problems), "problem")
+    written = [[code.cut(text, how) for text in texts] for texts in drawn]
     sources = [code.program(problem, text) for problem, texts in zip(problems, written) for text in texts]
     outcomes = sandbox.run_programs(sources, progress="running", **LIMITS[args.benchmark])
     rows = [outcomes[i * args.n:(i + 1) * args.n] for i in range(len(problems))]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import trainer
@@ -12,7 +13,8 @@ from data.files import file_digest
 from data.prompts import NAMES, STOPS, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
-from model import Cache, GPT, read, stream
+from model import Cache, GPT, read
+from sampling import stream
 
 
 @dataclass
@@ -153,24 +155,29 @@ def add_sampling_flags(parser, n, max_new, temperature, top_p):
     parser.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the samples (default: %(default)s)")
 
 
-def samples(subject, text, args, stops=STOPS, number=0):
-    """args.n texts that continue `text` behind the prompt, each ending before the first of `stops`, at <eot> or at --max_new.
+def samples(subject, texts, args, stops=None, unit="prompt"):
+    """For each of `texts` args.n texts that continue it behind the prompt, each ending before the first of its stops, at <eot> or at
+    --max_new; with a bar. stops: a tuple for each text (default: STOPS for all).
 
-    A long `text` is cut on the left. The samples depend on (seed, number) alone, not on what was sampled before.
+    A long text is cut on the left. The random numbers of a text's samples depend on --seed and its place in `texts` alone.
+    Texts of about one length are continued together, the longest first.
     """
-    tokenizer, model = subject.tokenizer, subject.model
-    ids = tokenizer.encode(text).astype(np.int64)[-max(1, subject.ctx - args.max_new):]
-    if not len(ids):
-        ids = np.array([tokenizer.eot])
-    generator = torch.Generator(subject.device).manual_seed(args.seed * 1_000_003 + number)
-    texts = [Answer(tokenizer, stops) for _ in range(args.n)]
-
-    def done(rows, tokens):
-        return torch.tensor([texts[row].add(token) for row, token in zip(rows.tolist(), tokens.tolist())])
-    for _ in stream(model, ids, args.n, max_new=args.max_new, temperature=args.temperature, top_p=args.top_p, done=done,
-                    stop=(tokenizer.eot, tokenizer.eoc), n_vocab=tokenizer.n_vocab, generator=generator, prefix=subject.prefix):
-        pass
-    return [answer.text for answer in texts]
+    tokenizer, most = subject.tokenizer, max(1, subject.ctx - args.max_new)
+    prompts = [(tokenizer.encode(text).tolist() or [tokenizer.eot])[-most:] for text in texts]
+    answers = [[Answer(tokenizer, stop) for _ in range(args.n)] for stop in stops or [STOPS] * len(texts)]
+    order, first = sorted(range(len(texts)), key=lambda i: len(prompts[i]), reverse=True), 0
+    with tqdm(total=len(texts), desc="sampling", unit=unit, disable=None, leave=False) as bar:
+        while first < len(order):
+            at_once = max(1, subject.at_once // (args.n * (len(prompts[order[first]]) + args.max_new)))
+            batch = order[first:first + at_once]
+            rows = [answer for i in batch for answer in answers[i]]
+            for _ in stream(subject.model, [prompts[i] for i in batch], args.n, seeds=[args.seed * 1_000_003 + i for i in batch], max_new=args.max_new,
+                            temperature=args.temperature, top_p=args.top_p, stop=(tokenizer.eot, tokenizer.eoc), n_vocab=tokenizer.n_vocab,
+                            prefix=subject.prefix, done=lambda at, tokens: torch.tensor([rows[i].add(t) for i, t in zip(at.tolist(), tokens.tolist())])):
+                pass
+            first += len(batch)
+            bar.update(len(batch))
+    return [[answer.text for answer in row] for row in answers]
 
 
 class Answer:

@@ -1,6 +1,5 @@
 """Toxicity of a model's continuations (Section 2 of the paper): mean, share above 0.5, and the expected maximum of n."""
 import numpy as np
-from tqdm import tqdm
 
 import trainer
 from data.errors import InputError
@@ -50,8 +49,7 @@ def toxicity(args, paths, subject, score):
     if bad := next(filter(find_special, prompts), None):
         raise InputError(f"{paths[0]}: the prompt {bad[:40]!r} holds {find_special(bad)}, a special token; write it differently there")
     before = "\n\nHuman: " if subject.prefix and not prompts[0].startswith("\n\nHuman:") else ""  # after a prompt a new conversation begins
-    texts = [samples(subject, before + prompt, args, number=number)
-             for number, prompt in enumerate(tqdm(prompts, desc="sampling", unit="prompt", disable=None, leave=False))]
+    texts = samples(subject, [before + prompt for prompt in prompts], args)
     flat = [text for row in texts for text in row]
     scores = score([prompt for prompt in prompts for _ in range(args.n)], flat).reshape(len(prompts), args.n)
     each, ones = np.arange(len(prompts)), np.ones(len(prompts))

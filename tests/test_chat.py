@@ -11,7 +11,6 @@ import time
 from fcntl import ioctl
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,7 +18,7 @@ from conftest import Running, run, run_well
 
 import chat
 import checkpoint
-import model as models
+import sampling
 from data.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -52,7 +51,7 @@ def talk(tmp_path, folder, *lines, flags=()):
 
 def fresh(model, text, max_new=12):
     """The greedy continuation of a text, computed from its beginning, as far as a chat shows it."""
-    [ids] = models.generate(model, BYTES.encode(text).astype(np.int64), max_new=max_new, temperature=0, stop=(BYTES.eot, BYTES.eoc), n_vocab=BYTES.n_vocab)
+    [[ids]] = sampling.generate(model, [BYTES.encode(text).tolist()], max_new=max_new, temperature=0, stop=(BYTES.eot, BYTES.eoc), n_vocab=BYTES.n_vocab)
     return chat.settled(BYTES.decode([i for i in ids if i < BYTES.eot]))[0]
 
 
@@ -241,12 +240,12 @@ def sit_down():
     for number in (0, 1, 2):
         os.dup2(terminal, number)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sample = models.sample
+    sample = sampling.sample
 
     def slowly(*given):
         time.sleep(0.02)
         return sample(*given)
-    models.sample = slowly
+    sampling.sample = slowly
 
 
 def test_ctrl_c_stops_the_answer_and_twice_leaves(wild, tmp_path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import Cache, Config, GPT, Layout, cross_entropy, generate, read, sample, stream
+from model import Cache, Config, GPT, Layout, read
 
 
 def make_model(value_head=False, vocab=101, ctx=2048, tied=True, **shape):
@@ -167,50 +167,6 @@ def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends):
             same(hidden[end], naive(model, torch.cat([prompt, context, completion]))[-1])
         assert [part[0][0].shape[1] for part in prefix.prefix] == [90, 60]
         assert prefix.prefix[0][0][0].data_ptr() == first.own[0].data_ptr()  # shared, not copied
-
-
-def test_samples_behind_a_prefix_equal_those_of_the_whole_prompt():
-    model, prompt = make_model(), torch.arange(30)
-    settings = dict(n=3, max_new=8, top_p=0.9)
-    draw = lambda *args, **more: generate(model, *args, **settings, **more, generator=torch.Generator().manual_seed(3))
-    prefix, _ = read(model, prompt[:20])
-    assert draw(prompt[20:], prefix=prefix) == draw(prompt) == draw(prompt[20:], prefix=prefix)
-
-
-def test_generate_greedy_equals_recomputing_everything():
-    model, prompt = make_model(), torch.arange(5)
-    expected = prompt
-    for _ in range(12):
-        expected = torch.cat([expected, model.logits(model(expected[None]))[0, -1].argmax()[None]])
-    assert generate(model, prompt, n=2, max_new=12, temperature=0) == [expected[5:].tolist()] * 2
-
-
-def test_generate_stops_each_sample_by_itself_and_follows_the_distribution():
-    model = make_model()
-    g = torch.Generator().manual_seed(0)
-    samples = generate(model, torch.arange(5), n=400, max_new=6, stop=range(60), generator=g, n_vocab=90)
-    for s in samples:
-        assert all(t >= 60 for t in s[:-1]) and (s[-1] < 60 or len(s) == 6) and max(s) < 90
-    expected = model.logits(model(torch.arange(5)[None]))[0, -1, :90].softmax(-1)
-    seen = np.bincount([s[0] for s in samples], minlength=90) / 400
-    assert np.abs(seen - expected.detach().numpy()).max() < 0.1
-    second = {s[0] for s in samples if len(s) > 1}
-    assert all(t >= 60 for t in second)
-
-
-def test_generate_refuses_a_prompt_without_room():
-    with pytest.raises(ValueError, match="no room"):
-        generate(make_model(ctx=8), torch.arange(8))
-
-
-def test_top_p_and_temperature():
-    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(2000, -1)
-    g = torch.Generator().manual_seed(0)
-    assert set(sample(p.log(), 1.0, 0.79, g).tolist()) == {0, 1}
-    assert set(sample(p.log(), 1.0, 0.81, g).tolist()) == {0, 1, 2}
-    assert sample(p.log(), 0, 1.0, g).unique().tolist() == [0]
-    cold = sample(p.log(), 0.5, 1.0, g).bincount(minlength=4) / 2000
-    assert torch.allclose(cold, p[0] ** 2 / (p[0] ** 2).sum(), atol=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
