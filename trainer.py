@@ -293,7 +293,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             total, count, interrupted, *metric_sums = ranks.sum([total, count, stop.asked, *(metrics.get(k, 0) for k in metric_names)])
             norm = scale_and_clip(parameters, count, args.clip, ranks)
             if not (math.isfinite(total) and math.isfinite(norm)):
-                report_non_finite(step, batches, sums, where, args.out)
+                report_non_finite(step, batches, sums, total, where, args.out)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -338,11 +338,12 @@ def evaluated(model, evaluate):
     return figures
 
 
-def report_non_finite(step, batches, sums, where, out):
-    bad = [b for b, s in zip(batches, sums) if not math.isfinite(s)] or batches
-    print(f"{os.path.basename(sys.argv[0])}: error: the loss or gradient of step {step + 1} is not finite; nothing of it was saved "
-          f"({out} keeps its last checkpoint). Examples: {'; '.join(where(b) for b in bad)}. "
-          "Look at them, or give a smaller --lr.", file=sys.stderr, flush=True)
+def report_non_finite(step, batches, sums, total, where, out):
+    bad = [b for b, s in zip(batches, sums) if not math.isfinite(s)]
+    if bad or math.isfinite(total):  # else it is another rank that has them, and says so
+        print(f"{os.path.basename(sys.argv[0])}: error: the loss or gradient of step {step + 1} is not finite; nothing of it was saved "
+              f"({out} keeps its last checkpoint). Examples: {'; '.join(where(b) for b in bad or batches)}. "
+              "Look at them, or give a smaller --lr.", file=sys.stderr, flush=True)
     os._exit(3)  # at once: other ranks may wait in a collective
 
 
