@@ -359,7 +359,7 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = torch.float32  # of the matrix products; parameters, residual stream and losses are fp32 anyway
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.d_model),
+            embed_tokens=nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False),  # drawn in init_weights
             layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             norm=nn.RMSNorm(config.d_model, eps=config.norm_eps)))
         if not config.tied:

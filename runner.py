@@ -114,7 +114,7 @@ def launched(command, launch):
 
 
 processes = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate"]  # what takes long to import
+PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate"]  # what takes long to import
 
 
 def stop_with_parent():

@@ -63,7 +63,7 @@ class Lab:
 
     def train_pm(self, size, init, seed, *flags, held_out, comparisons):
         """A preference model, or an imitation, trained on about so many comparisons."""
-        return self.run("train_pm.py", "--init", init, "--seed", seed, "--lr", self.rate(size), "--held_out", held_out, "--eval_every", 10**6, *flags,
+        return self.run("train_pm.py", "--init", init, "--seed", seed, "--lr", self.rate(size), "--held_out", held_out, "--eval_every", 0, *flags,
                         seconds=self.seconds(size, comparisons * self.tokens))
 
     def pm(self, name, seed, *flags, size=None):
@@ -126,9 +126,9 @@ class Toy(Lab):
         self.prompt_text = self.folder_of_data / "prompt.txt"
 
     def lm(self, size, seed):
-        """1.2M tokens, a third of an epoch: small steps bring it nearly as far as an epoch of large ones (results/LOG.md)."""
-        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.text(), "--batch", 2048, "--steps", 600, "--eval_every", 10**6,
-                        seconds=self.seconds(size, 1.3e6))
+        """2M tokens, 0.6 of an epoch: small steps bring it as far as an epoch of large ones (results/LOG.md)."""
+        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.text(), "--batch", 2048, "--steps", 1000, "--eval_every", 10**6,
+                        seconds=self.seconds(size, 2.1e6))
 
     def data(self, name):
         return self.folder_of_data / f"{name}.jsonl"

@@ -137,7 +137,7 @@ def add_training_flags(parser, batch, batch_unit, lr, schedule, warmup):
     parser.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm (default: %(default)s)")
     parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of initial weights and data order (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile: a minute at the start, faster steps after")
-    parser.add_argument("--eval_every", type=positive(int), help="steps between evaluations; there is always one at the end (default: a tenth of the run)")
+    parser.add_argument("--eval_every", type=between(int, 0, 2**62), help="steps between evaluations, with one at the end; 0 for none at all (default: a tenth of the run)")
     parser.add_argument("--save_every", type=positive(int), help="steps between checkpoints; there is always one at the end (default: a fifth of the run)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, exactly as if never stopped")
     add_device_flags(parser)
@@ -264,12 +264,13 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             block.compile(dynamic=True)
 
     log = Log(args, ranks, step, n_steps, unit)
-    eval_every, save_every = (every or -(-n_steps // parts) for every, parts in ((args.eval_every, 10), (args.save_every, 5)))
+    eval_every = -(-n_steps // 10) if args.eval_every is None else args.eval_every
+    save_every = args.save_every or -(-n_steps // 5)
     begun_at, figures = step, resumed_from["metrics"] if resumed_from else {}
     with StopSignal() as stop:
         while True:
             last, fresh = step == n_steps, step > begun_at
-            if fresh and (last or step % eval_every == 0):
+            if fresh and eval_every and (last or step % eval_every == 0):
                 figures = evaluated(model, evaluate)
                 log.evaluation(step, figures)
             if fresh and (last or step % save_every == 0 or stop.signal):

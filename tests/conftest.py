@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
+processes.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
                                   "train_lm", "train_pm", "distill", "evaluate", "chat"])
 
 

@@ -419,6 +419,11 @@ def kill_at_step(n):
     torch.optim.AdamW.step = counted
 
 
+def test_a_run_without_evaluations_says_none(tmp_path):
+    done = run_well("train_pm.py", *PM_FLAGS, "--steps", 2, "--eval_every", 0, "--out", tmp_path / "pm")
+    assert "held out:" not in done and json.loads((tmp_path / "pm" / "meta.json").read_text())["metrics"] == {}
+
+
 def test_resumed_after_kills_equals_uninterrupted(run_flags, uninterrupted, tmp_path):
     """Killed again and again at some step or some moment of writing, always gone on with."""
     out, kills = tmp_path / "killed", 0
