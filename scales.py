@@ -89,7 +89,7 @@ class Lab:
 
     def distilled(self, seed):
         return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, *self.prompt, "--data", self.text(), "--dialogue", self.dialogue(),
-                        "--sequences", 4096, seconds=self.seconds(self.size, 4096 * 200, 8))
+                        "--sequences", 4096, "--eval_every", 10**6, seconds=self.seconds(self.size, 4096 * 200, 8))
 
     def finetuned_on(self, text, seed):
         """The language model finetuned on one short text, thirty steps. It stands there many times, so that it is also seen to begin."""
@@ -116,7 +116,7 @@ class Toy(Lab):
     default_sizes = "test", "0.8m"
     ranked = targets = large = ("ranked",)
     binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
-    much, amounts, comparisons, tested, ks = (), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
+    much, amounts, comparisons, tested, ks = ("--batch", 8), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
     model_written = 3000, 2000  # contexts that an imitation continues, and the pairs of them that pre-training takes
 
     def __init__(self, args):

@@ -91,12 +91,12 @@ class Row:
         return source, target, torch.arange(len(sizes), device=source.device).repeat_interleave(sizes)
 
 
-def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None, eoc=True, control=()):
+def make_row(comparisons, examples, chosen, ctx, tokenizer, eoc=True, control=()):
     """Lay out comparisons (a data set with `.segments(i)` and `.scores(i)`) in one row.
 
     chosen: for each example the completions to lay out (numbers), or None for all. Contexts are cut on the left so that
-    context and longest completion fit in `ctx` tokens. `instead`: token ids to take in place of every context. An empty
-    context is <eot>, as at the beginning of a document, so that a completion's first token is predicted from something.
+    context and longest completion fit in `ctx` tokens. An empty context is <eot>, as at the beginning of a document, so
+    that a completion's first token is predicted from something.
     Without `eoc` a completion ends with its own last token (an empty one is <eoc> all the same). control: arrays of token ids;
     every completion is laid out once behind each of them, one after the other (binarised rows: GOOD, BAD).
     """
@@ -105,7 +105,7 @@ def make_row(comparisons, examples, chosen, ctx, tokenizer, instead=None, eoc=Tr
         context, *completions = comparisons.segments(example)
         keep = range(len(completions)) if keep is None else keep
         room = ctx - max(len(x) for x in completions) - 1 - max(map(len, control), default=0)
-        context = context[max(0, len(context) - room):] if instead is None else instead
+        context = context[max(0, len(context) - room):]
         if not len(context):
             context = [tokenizer.eot]
         parent = len(lengths)

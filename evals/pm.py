@@ -38,14 +38,22 @@ def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, inste
     """Scores of all completions of the given comparisons: a list with one array (completions,) per example.
 
     how: one of SCORES, or a function as completion_scores (model, hidden, row) -> (K,). Longest rows come first. instead:
-    token ids in place of every context, such as <eot>, a null ruler. prefix: a cache of the prompt that stands before all. eoc:
-    whether completions end with <eoc>, as the model was trained; log-probs are read with it.
+    token ids in place of every context, such as <eot>, a null ruler; a completion of several comparisons is then read once.
+    prefix: a cache of the prompt that stands before all. eoc: whether completions end with <eoc>, as the model was trained;
+    log-probs are read with it.
     """
+    if instead is not None:
+        texts = [data.segments(i)[1:] for i in examples]
+        distinct = {ids.tobytes(): ids for row in texts for ids in row}  # each completion, by its bytes
+        alone = Texts([[instead, ids] for ids in distinct.values()])
+        scores = score_all(model, alone, np.arange(len(distinct)), how, ctx, tokenizer, at_once, device, None, prefix, progress, eoc)
+        found = dict(zip(distinct, np.concatenate(scores)))
+        return [np.array([found[ids.tobytes()] for ids in row]) for row in texts]
     scores = [None] * len(examples)
     whole = [None] * len(examples)
     lengths = data.packed_lengths(examples, whole, ctx)
     for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, instead, eoc).to(device)
+        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, eoc).to(device)
         hidden = model(row.tokens, row.layout, prefix, only_ends=how == "reward")
         values = how(model, hidden, row) if callable(how) else completion_scores(model, hidden, row, how)
         values = values.double().cpu().numpy()
@@ -53,6 +61,22 @@ def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, inste
         for j, number in enumerate(numbers):
             scores[number] = values[owner == j]
     return scores
+
+
+class Texts:
+    """[context, completion] token ids as a data set of comparisons of one completion each, as score_all reads it."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def segments(self, i):
+        return self.parts[i]
+
+    def scores(self, i):
+        return np.zeros(1)
+
+    def packed_lengths(self, examples, chosen, ctx, **form):
+        return [min(ctx, sum(map(len, self.parts[i])) + 2) for i in examples]
 
 
 def pairs_of(truth):

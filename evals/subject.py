@@ -119,27 +119,11 @@ def reward_function(folder, args):
     ctx, at_once = model.config.ctx, trainer.micro_tokens(args, model, device)
 
     def rewards(contexts, texts):
-        data = Texts(contexts, texts, tokenizer, ctx)
+        clean = lambda text: tokenizer.encode(text.replace("<eot>", "").replace("<eoc>", ""))
+        data = pm.Texts([[clean(c), clean(t)[:ctx - 2]] for c, t in zip(contexts, texts)])  # cut where they exceed ctx
         return np.concatenate(pm.score_all(model, data, np.arange(len(texts)), "reward", ctx, tokenizer, at_once, device, progress="judging",
                                            eoc=meta.get("eoc", True)))
     return rewards, meta
-
-
-class Texts:
-    """Texts in memory as a data set of one completion each, as pm.score_all reads it; cut where they exceed ctx."""
-
-    def __init__(self, contexts, texts, tokenizer, ctx):
-        clean = lambda text: tokenizer.encode(text.replace("<eot>", "").replace("<eoc>", ""))
-        self.parts = [[clean(c), clean(t)[:ctx - 2]] for c, t in zip(contexts, texts)]
-
-    def segments(self, i):
-        return self.parts[i]
-
-    def scores(self, i):
-        return np.zeros(1)
-
-    def packed_lengths(self, examples, chosen, ctx, **form):
-        return [min(ctx, sum(map(len, self.parts[i])) + 2) for i in examples]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from conftest import DATA, make_comparisons, write_jsonl
 from data.comparisons import load_comparisons
 from data.packing import balance, epoch_order, make_row, pack, step_examples
 from data.tokenizer import get_tokenizer
+from evals.pm import score_all
+from test_model import make_model
 
 BYTES = get_tokenizer("bytes")
 
@@ -150,9 +152,17 @@ def test_completion_tokens_are_predicted_from_what_stands_before_them(tmp_path):
     assert data.packed_lengths([0, 1], [None, None], 100) == [6, 5]
 
 
-def test_the_context_free_ruler_sees_eot_alone(tmp_path):
-    data = load(tmp_path, ("Question", ["a", "b"], [1, 0]))
-    assert shown(make_row(data, np.array([0]), [None], 100, BYTES, instead=[BYTES.eot])) == "<eot>a<eoc>b<eoc>"
+@pytest.mark.parametrize("how", ["reward", "mean", "sum"])
+def test_without_context_each_completion_has_the_score_it_has_behind_eot_and_is_read_once(tmp_path, how):
+    records = [("Question", ["a", "bc"], [1, 0]), ("Another", ["bc", "d", "a"], [1, 0, 2]), ("", ["a"], [0])]
+    model, read = make_model(value_head=True, vocab=BYTES.vocab_size, ctx=64), []
+    forward = model.forward
+    model.forward = lambda tokens, *more, **named: read.append(len(tokens)) or forward(tokens, *more, **named)
+    score = lambda records, **more: score_all(model, load(tmp_path, *records), np.arange(3), how, 64, BYTES, 1000, "cpu", **more)
+    expected = score([("", *rest) for _, *rest in records])
+    for ours, plain in zip(score(records, instead=[BYTES.eot]), expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-12)
+    assert read == [1 + 5 + 1 + 7 + 1 + 2, 3 + 4 + 3]  # <eot>s and completions with their <eoc>: of all comparisons, then of a, bc and d
 
 
 @pytest.mark.parametrize("ctx, context", [(100, "0123456789"), (15, "0123456789"), (14, "123456789"), (6, "9")])
