@@ -116,7 +116,8 @@ class Toy(Lab):
     default_sizes = "test", "0.8m"
     ranked = targets = large = ("ranked",)
     binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
-    much, amounts, comparisons, tested, ks = ("--batch", 8), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
+    much = pmp = ("--batch", 8)  # flags of preference models without pre-training, and of pre-training: with the paper's batches small models see too few steps
+    amounts, comparisons, tested, ks = (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)
     model_written = 3000, 2000  # contexts that an imitation continues, and the pairs of them that pre-training takes
 
     def __init__(self, args):
