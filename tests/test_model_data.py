@@ -159,9 +159,9 @@ def test_samples_of_a_model(tmp_path, lm, monkeypatch):
 
     asked = []
 
-    def samples(subject, text, args, stops, number):
-        asked.append(text)
-        return ["    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"] if number else ["    return"] * 4
+    def samples(subject, texts, args, stops, unit):
+        asked.extend(texts)
+        return [["    return"] * 4, ["    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"]]
     monkeypatch.setattr(correctness, "samples", samples)
     (record,), count = convert(correctness, raw, *flags)
     assert asked == [record["context"]] * 2 and record["group"] == "MBPP/5"
@@ -211,9 +211,9 @@ def test_useless_samples_are_counted(tmp_path, lm, monkeypatch, capsys):
     raw = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": context, "chosen": " good", "rejected": " bad", "group": f"of {context}"} for context in texts])
     stops = {}
 
-    def samples(subject, text, args, stops=None, number=0, given=stops):
-        given[text] = stops
-        return texts[text]
+    def samples(subject, contexts, args, given, unit):
+        stops.update(zip(contexts, given))
+        return [texts[context] for context in contexts]
     monkeypatch.setattr(human_vs_model, "samples", samples)
     found, count = convert(human_vs_model, raw, "--model", lm, "--n", 2, "--max_new", 4)
     assert [(record["completions"], record["scores"], record["group"]) for record in found] == [
