@@ -15,7 +15,6 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-
 import checkpoint
 import trainer
 from data.errors import InputError

@@ -46,7 +46,7 @@ def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, inste
         texts = [data.segments(i)[1:] for i in examples]
         distinct = {ids.tobytes(): ids for row in texts for ids in row}  # each completion, by its bytes
         alone = Texts([[instead, ids] for ids in distinct.values()])
-        scores = score_all(model, alone, np.arange(len(distinct)), how, ctx, tokenizer, at_once, device, None, prefix, progress, eoc)
+        scores = score_all(model, alone, np.arange(len(distinct)), how, ctx, tokenizer, at_once, device, prefix=prefix, progress=progress, eoc=eoc)
         found = dict(zip(distinct, np.concatenate(scores)))
         return [np.array([found[ids.tobytes()] for ids in row]) for row in texts]
     scores = [None] * len(examples)
