@@ -408,12 +408,16 @@ def record(question, completions, **more):
 
 
 def comparisons(rng, world, n, score):
-    """Yield n different comparisons of 2 to 5 completions, scored by `quality`, or by `is_right` with one tone in each."""
-    scales, seen = Scales(), set()
+    """Yield n different comparisons of 2 to 5 completions, scored by `quality`, or by `is_right` with one tone in each. Every group has
+    as many as any other: few large ones would tell little, as answers within a group are right or wrong together."""
+    scales, seen, groups = Scales(), set(), {}
+    for question in itertools.chain(*world.asked.values()):
+        groups.setdefault(question.group, []).append(question)
+    turns = itertools.cycle(rng.sample(list(groups.values()), len(groups)))
 
-    def draw():
+    def draw(questions):
         while True:
-            question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+            question = rng.choice(questions)
             unfit = UNFIT.get(question.kind, ("unsafe",))
             size = rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0]
             contents, tones = [content for content in CONTENT if content not in unfit], rng.choices(list(TONE), k=size)
@@ -425,7 +429,8 @@ def comparisons(rng, world, n, score):
             if len({score for _, _, score in completions}) > 1:
                 return question, completions
     while len(seen) < n:
-        line = record(*scales.choose([draw() for _ in range(8)]))
+        questions = next(turns)
+        line = record(*scales.choose([draw(questions) for _ in range(8)]))
         if json.dumps(line) not in seen:
             seen.add(json.dumps(line))
             yield line
