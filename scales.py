@@ -132,7 +132,7 @@ class Toy(Lab):
         return 2 * super().lm_rate(size)
 
     def lm(self, size, seed):
-        """Small steps at twice the usual rate, which falls to 0: below an epoch's loss with three fifths of its tokens (results/LOG.md)."""
+        """Small steps at twice the usual rate, which falls to 0: about the loss of an epoch, with three fifths of its tokens (results/LOG.md)."""
         return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.text(), "--batch", 2048, "--steps", 1000, "--lr", f"{self.lm_rate(size):.3g}",
                         "--schedule", "linear", "--eval_every", 10**6, seconds=self.seconds(size, 2e6))
 
