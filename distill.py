@@ -74,7 +74,7 @@ def main():
 
     n_held = max(1, len(sequences) // 32)
     held_out, train = np.arange(n_held), np.arange(n_held, len(sequences))
-    lm_lr = meta.get("lm_lr") or 3e-3 * (128 / model.config.d_model) ** 0.5
+    lm_lr = meta.get("lm_lr") or trainer.lm_rate(model.config.d_model)
     lr = args.lr or 0.05 * lm_lr
     per_epoch = -(-len(train) // args.batch)
     n_steps = args.steps or math.ceil(args.epochs * per_epoch)

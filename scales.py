@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import checkpoint
+import trainer
 from data import toy, toy_sources
 from data.errors import InputError
 from data.files import write_file
@@ -58,8 +59,8 @@ class Lab:
     # ---- Models
 
     def lm_rate(self, size):
-        """The language model's learning rate: train_lm.py's own."""
-        return 3e-3 * (128 / SIZES[size][1]) ** 0.5
+        """The language model's learning rate: train_lm.py's default."""
+        return trainer.lm_rate(SIZES[size][1])
 
     def rate(self, size):
         return f"{self.lm_rate(size) / 10:.3g}"

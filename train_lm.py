@@ -57,7 +57,7 @@ def main():
         raise InputError(f"--batch {args.batch} is less than one sequence of --ctx {ctx} tokens")
     per_epoch = -(-len(lm_windows(text, ctx, args.seed, 0)) // batch)
     n_steps = args.steps or math.ceil(args.epochs * per_epoch)
-    lr = args.lr or 3e-3 * (128 / model.config.d_model) ** 0.5
+    lr = args.lr or trainer.lm_rate(model.config.d_model)
     at_once = max(1, trainer.micro_tokens(args, model, ranks.device) // ctx)
     epoch_windows = (None, None)  # (epoch, its windows): made once an epoch
 

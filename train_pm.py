@@ -93,7 +93,7 @@ def main():
     scored = held_out[::-(-len(held_out) // EVAL_COMPARISONS)] if len(held_out) else held_out
 
     batch = args.batch or stage_batch
-    lm_lr = (meta or {}).get("lm_lr") or 3e-3 * (128 / model.config.d_model) ** 0.5
+    lm_lr = (meta or {}).get("lm_lr") or trainer.lm_rate(model.config.d_model)
     lr = args.lr or lr_scale * lm_lr
     per_epoch = -(-len(train) // batch)
     n_steps = args.steps or math.ceil(args.epochs * per_epoch)

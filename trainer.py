@@ -227,6 +227,11 @@ def print_plan(args, ranks, model, n_steps, lr, tokens_at_once, lines):
 # The loop
 
 
+def lm_rate(d_model):
+    """The default peak rate of a language model of this width; the other stages' rates are multiples of it."""
+    return 3e-3 * (128 / d_model) ** 0.5
+
+
 def learning_rate(args, peak, step, n_steps):
     """The rate of the update that follows `step` updates: linear warm-up, then the schedule."""
     warmup = int(args.warmup * n_steps)
