@@ -45,6 +45,7 @@ def parse_args():
     own = add("pm", accuracy, "accuracy and calibration of a preference model on comparisons", "comparison files or folders, or toy (default: toy)")
     own.add_argument("--score", choices=pm.SCORES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
                      "log-probs (default: reward; mean for a language model)")
+    own.add_argument("--skip_no_context", action="store_true", help="do not score the completions without their contexts too: a quarter of the time")
     add("hhh", multiple_choice, "which of two answers is the helpful, honest, harmless one?", "BIG-bench's task.json files or their folder, comparison files with "
         "categories, or toy (default: our own items, data/hhh_items.jsonl)")
     add("truthfulqa", multiple_choice, "MC1 and MC2: true answers against common falsehoods", "!TruthfulQA.csv")
@@ -115,9 +116,10 @@ def accuracy(args):
     data = load_comparisons(files, subject.tokenizer)
     examples = pick_examples(subject, data, files, args.split)
     scores = subject.score(data, examples, how, progress="scoring")
-    ensemble = rerank.ensemble(args, files, data, examples, scores, how) if args.ensemble else {}
-    without = subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")
-    return report(args, data, examples, scores, without, how, ensemble)
+    others = {} if args.skip_no_context else {"no context": subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")}
+    if args.ensemble:
+        others |= rerank.ensemble(args, files, data, examples, scores, how)
+    return report(args, data, examples, scores, others, how)
 
 
 def multiple_choice(args):
@@ -221,14 +223,14 @@ def pick_examples(subject, data, files, split):
     return examples
 
 
-def report(args, data, examples, scores, without, how, ensemble):
+def report(args, data, examples, scores, others, how):
+    """others: {name: other scores of the same completions}."""
     truths = [data.scores(i) for i in examples]
     chars = [np.asarray(data.chars[data.first[i] + 1:data.first[i + 1]], float) for i in examples]
     margin, weight, comparison = pm.margins(truths, scores)
     groups = np.asarray(data.groups)[examples][comparison]
-    rulers = {"accuracy": margin, "no context": pm.margins(truths, without)[0], "longer wins": pm.margins(truths, chars)[0]}
+    rulers = {"accuracy": margin, **{name: pm.margins(truths, values)[0] for name, values in others.items()}, "longer wins": pm.margins(truths, chars)[0]}
     rulers["shorter wins"] = -rulers["longer wins"]
-    rulers |= {name: pm.margins(truths, values)[0] for name, values in ensemble.items()}
     figures = {"benchmark": "pm", "model": args.model, "score": how, "n": len(examples), "pairs": len(margin),
                "groups": len(np.unique(groups)), "ties": int((margin == 0).sum())}
 
@@ -251,7 +253,7 @@ def report(args, data, examples, scores, without, how, ensemble):
     print("\n  |margin|              pairs   accuracy")
     for low, high, n, accuracy in figures["by_margin"]:
         print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    columns = {how: scores, "no_context": without, **{name.replace(" ", "_"): values for name, values in ensemble.items()}}
+    columns = {how: scores, **{name.replace(" ", "_"): values for name, values in others.items()}}
     return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "scores": truths[j].tolist(), **{name: values[j].tolist() for name, values in columns.items()}}
                      for j, i in enumerate(examples)]
 

@@ -81,7 +81,7 @@ def against_imitation(lab, names):
     """{arm: {size: {set: runs}}}: imitation, and preference models by rewards."""
     if not names:
         raise InputError("the sets that it compares are not among --sets")
-    make = lambda size, name, s, *flags: lab.accuracy(lab.pm(name, s, *flags, size=size), name, size=size)
+    make = lambda size, name, s, *flags: lab.accuracy(lab.pm(name, s, *flags, size=size), name, size=size, no_context=not flags)
     return {arm: {size: {name: lab.by_seed(lambda s: make(size, name, s, *flags)) for name in names} for size in reversed(lab.sizes)}
             for arm, flags in (("imitation", ("--objective", "imitation")), ("preference model", ()))}
 

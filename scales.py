@@ -106,9 +106,10 @@ class Lab:
     def evaluate(self, benchmark, model, *flags, prompted=False, size=None, tokens=10**5, seconds=None):
         return self.run("evaluate.py", benchmark, "--model", model, *(self.prompt if prompted else ()), *flags, seconds=seconds or self.seconds(size or self.size, tokens, 2))
 
-    def accuracy(self, model, name, *flags, size=None):
-        """Of a preference model on a set's held-out comparisons."""
-        return self.evaluate("pm", model, "--data", self.data(name), "--split", "auto", *flags, size=size, tokens=2 * self.tested * self.tokens)
+    def accuracy(self, model, name, *flags, size=None, no_context=False):
+        """Of a preference model on a set's held-out comparisons; no_context: without their contexts too."""
+        return self.evaluate("pm", model, "--data", self.data(name), "--split", "auto", *(() if no_context else ("--skip_no_context",)), *flags, size=size,
+                             tokens=2 * self.tested * self.tokens)
 
     def sampled(self, benchmark, model, contexts, *flags, n=1, prompted=False):
         """Benchmarks that write a text or more for each context."""

@@ -236,6 +236,13 @@ def test_scores_equal_those_of_separate_forwards(request, few, tmp_path, name, h
     assert "left out: 0 comparisons with a completion longer than --ctx 192, 1 whose scores are all equal" in printed
 
 
+def test_scores_without_contexts_can_be_left_out(pm, few, tmp_path):
+    whole, _ = evaluate("--model", pm, "--data", few, "--out", tmp_path / "whole")
+    part, printed = evaluate("--model", pm, "--data", few, "--skip_no_context", "--out", tmp_path / "part")
+    assert {key: value for key, value in whole.items() if not key.startswith("no_context")} == part and "no context" not in printed
+    assert [{**line, "no_context": full["no_context"]} for line, full in zip(scored(tmp_path / "part"), scored(tmp_path / "whole"), strict=True)] == scored(tmp_path / "whole")
+
+
 def test_ties_count_half_and_are_reported(lm, tmp_path):
     """Empty completions have no log-probs to sum: they tie."""
     data = write_jsonl(tmp_path / "ties.jsonl", [{"context": f"Q{i}", "completions": ["", ""], "scores": [1, 0]} for i in range(5)])
