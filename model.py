@@ -82,8 +82,37 @@ class Layout:
         all tokens, or the completions' ends."""
         def build():
             ranges, at = (self._end_ranges(), self.ends) if only_ends else (self._tile_ranges(), torch.arange(self.starts[-1]))
-            return [(q0, q1, keys, self._mask(at[q0:q1], keys, dtype).to(device)) for q0, q1, keys in ranges]
+            return [(q0, q1, keys, self._mask(at[q0:q1, None], torch.cat([torch.arange(a, b) for a, b in keys]), dtype).to(device)) for q0, q1, keys in ranges]
         return self._once(("tiles", dtype, device, only_ends), build)
+
+    def is_short(self):
+        """Whether blocks waste less than tiles on what is not seen: the comparisons are short."""
+        return self._once("short", lambda: sum(len(half) * int(half[-1]) ** 2 for half in self._comparisons()[1].sort()[0].chunk(2)) <
+                          sum((q1 - q0) * (b - a) for q0, q1, keys in self._tile_ranges() for a, b in keys))
+
+    def blocks(self, n_head, dtype, device):
+        """For CPUs: comparisons side by side, the shorter half of them and the longer one, each half padded to its longest, L.
+
+        Returns ([(tokens (n L,), mask (n n_head, L, L)) of each half], where each token of the row stands in them (T,)).
+        """
+        def build():
+            begin, size = self._comparisons()
+            blocks, place, filled = [], torch.empty(self.starts[-1], dtype=torch.long), 0
+            for half in size.argsort(stable=True).chunk(2):
+                offset = torch.arange(int(size[half[-1]]))
+                real = offset < size[half, None]  # (n, L)
+                tokens = begin[half, None] + offset * real  # the padding repeats the first one
+                place[tokens[real]] = filled + torch.arange(real.numel())[real.flatten()]
+                filled += real.numel()
+                mask = self._mask(tokens[:, :, None], tokens[:, None], dtype).masked_fill_(~real[:, None], -math.inf)
+                blocks.append((tokens.flatten().to(device), mask.repeat_interleave(n_head, 0).to(device)))
+            return blocks, place.to(device)
+        return self._once(("blocks", n_head, dtype, device), build)
+
+    def _comparisons(self):
+        """(first token, number of tokens) of each comparison, (n,) both: a context and its completions."""
+        bounds = torch.tensor([self.starts[i] for i, p in enumerate(self.parents) if p == i] + [self.starts[-1]])
+        return bounds[:-1], bounds.diff()
 
     def _end_ranges(self):
         """As _tile_ranges, for few queries: the completions' ends, with all keys from the first's context to the last's end."""
@@ -109,9 +138,8 @@ class Layout:
                 ranges.append((q0, q1, [(begin, context_end), (own, q1)]))
         return ranges
 
-    def _mask(self, query, key_ranges, dtype):
-        query = query[:, None]
-        key = torch.cat([torch.arange(a, b) for a, b in key_ranges])
+    def _mask(self, query, key, dtype):
+        """0 where the token `query` sees the token `key`, else -inf, in the shape that the two broadcast to."""
         kin = (self.segment[key] == self.segment[query]) | (self.segment[key] == self.parent[query])
         return torch.zeros(kin.shape, dtype=dtype).masked_fill_(~(kin & (key <= query)), -math.inf)
 
@@ -180,8 +208,22 @@ def packed_attention(q, k, v, layout, prefix=()):
         # Causal is aligned to the last key: query i of a completion sees its whole context and itself up to i.
         causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
         return varlen_attn(q, k[index], v[index], cu_q, cu_k, max_q, max_k, **causal)
+    if layout.is_short() and not only_ends:
+        return block_attention(q, k, v, *layout.blocks(q.shape[1], q.dtype, q.device))
     tiles = layout.tiles(q.dtype, q.device, only_ends)
     return TiledAttention.apply(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), tiles).transpose(0, 1)
+
+
+def block_attention(q, k, v, blocks, place):
+    """Attention within each comparison of a packed row; q, k, v (T, H, D), blocks and place as Layout.blocks gives them."""
+    H, D = q.shape[1:]
+    out = []
+    for tokens, mask in blocks:
+        L = mask.shape[-1]
+        q_own, k_own, v_own = (x.flatten(1).index_select(0, tokens).view(-1, L, H, D).transpose(1, 2).reshape(-1, L, D) for x in (q, k, v))
+        own = TiledAttention.apply(q_own, k_own, v_own, [(0, L, [(0, L)], mask)])
+        out.append(own.view(-1, H, L, D).transpose(1, 2).reshape(-1, H * D))
+    return torch.cat(out).index_select(0, place).view(-1, H, D)
 
 
 def prefixed_attention(q, k, v, tiles, prefix):
@@ -322,9 +364,8 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding; x (…, T, H, D), cos and sin (T, 1, D / 2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Rotary position embedding; x (…, T, H, D), cos and sin (T, 1, D) as GPT.rotation gives them."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class MLP(nn.Module):
@@ -368,12 +409,13 @@ class GPT(nn.Module):
             self.score = Linear(config.d_model, 1)
 
     def init_weights(self, seed):
-        """Normal, std 0.02; what writes into the residual stream 1/sqrt(2 n_layer) of that; head 1/sqrt(d_model + 1)."""
-        generator = torch.Generator(self.unembedding.device).manual_seed(seed)
+        """Normal, std sqrt(2 / (5 d_model)), which is the usual 0.02 at a width of 1,000 and keeps narrow models from starting too small;
+        what writes into the residual stream 1/sqrt(2 n_layer) of that; head 1/sqrt(d_model + 1)."""
+        generator, inside = torch.Generator(self.unembedding.device).manual_seed(seed), math.sqrt(2 / (5 * self.config.d_model))
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 out = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if out else 0.02
+                std = inside / math.sqrt(2 * self.config.n_layer) if out else inside
                 if name == "score.weight":
                     std = 1 / math.sqrt(self.config.d_model + 1)
                 nn.init.normal_(p, std=std, generator=generator)
@@ -407,12 +449,13 @@ class GPT(nn.Module):
         return self.model.norm(x)
 
     def rotation(self, positions):
-        """cos and sin (T, 1, d_head / 2) of the rotary angles."""
+        """cos and sin (T, 1, d_head) of the rotary angles, for both halves of a head; the sine is negative in the first."""
         half = self.config.d_model // self.config.n_head // 2
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         frequency = self.config.rope_theta ** (-torch.arange(half, device=positions.device, dtype=exact) / half)
         angles = positions.to(exact)[:, None, None] * frequency
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def rewards(self, hidden):
         """The value head, in fp32: hidden (…, d_model) -> (…)."""

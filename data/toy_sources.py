@@ -58,7 +58,8 @@ def voted(rng, world, liked):
     size, readers = rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0], 2 + int(rng.expovariate(1 / 12))
 
     def votes(content, tone):
-        return sum(1 if rng.random() < liked(content, tone) else -1 for _ in range(rng.randint(readers // 2, readers)))
+        chance, voters = liked(content, tone), rng.randint(readers // 2, readers)
+        return 2 * sum(rng.random() < chance for _ in range(voters)) - voters
     contents = [content for content in CONTENT if content not in UNFIT.get(question.kind, ("unsafe",))]
     answers = toy.completions_of(rng, world, question, rng.choices(["right", *contents], k=size), rng.choices(list(TONE), k=size), votes)
     return question, [(text, (form,), votes) for text, (form, _), votes in answers]

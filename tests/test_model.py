@@ -79,11 +79,13 @@ def test_causal_equals_the_naive_transformer():
     same(model(tokens), torch.stack([naive(model, row) for row in tokens]))
 
 
+@pytest.mark.parametrize("short", [False, True])  # tiles, or a block for each comparison
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends):
+def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, short, monkeypatch):
     model, comparisons = make_model(value_head=True), CASES[case]
     tokens, layout = packed(comparisons)
+    monkeypatch.setattr(layout, "is_short", lambda: short)
     ends = [layout.starts[i + 1] - 1 for i, p in enumerate(layout.parents) if p != i]
     hidden = model(tokens, layout, only_ends=only_ends)
     together = model.rewards(hidden if only_ends else hidden[ends])
@@ -93,6 +95,10 @@ def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends):
     same(together, alone)
     for got, expected in zip(gradient, torch.autograd.grad((alone * weight).sum(), list(model.parameters()))):
         same(got, expected)
+
+
+def test_short_comparisons_stand_side_by_side():
+    assert packed(CASES["two each"])[1].is_short() and not packed(LONG)[1].is_short() and not packed(CASES["long between short"])[1].is_short()
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
