@@ -93,7 +93,7 @@ class Lab:
 
     def distilled(self, seed):
         return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, *self.prompt, "--data", self.text(), "--dialogue", self.dialogue(),
-                        "--sequences", 4096, "--eval_every", 10**6, seconds=self.seconds(self.size, 4096 * 200, 8))
+                        "--sequences", 3072, "--lr", self.rate(self.size), "--eval_every", 10**6, seconds=self.seconds(self.size, 3072 * 200, 8))
 
     def finetuned_on(self, text, seed):
         """The language model finetuned on one short text, thirty steps. It stands there many times, so that it is also seen to begin."""

@@ -45,7 +45,7 @@ def test_records_are_comparisons_without_repeats(world):
 @pytest.mark.parametrize("name", ["ranked", "binary"])
 def test_every_group_has_about_as_many_comparisons(world, name):
     sizes = Counter(r["group"] for r in world[name]).values()
-    assert len(sizes) > 400 and max(sizes) - min(sizes) <= 3
+    assert len(sizes) > 800 and max(sizes) - min(sizes) <= 3
 
 
 def test_contexts_look_like_the_pages_conversations_and_hhh_questions_are_new(world):
