@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv, installs, and tests the core claims of the paper on the embedded toy world: about eleven minutes on two cores.
+# Makes .venv, installs, and tests the core claims of the paper on the embedded toy world: about nine minutes on two cores.
 set -e
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}

@@ -343,7 +343,7 @@ def scaling(lab):
         other = ax.twinx()
         other.errorbar(n, [np.mean(loss[size]) for size in lab.sizes], fmt="s--", color="0.5", label="language model, loss")
         other.set_ylabel("held-out loss, nats a token")
-        ax.legend(handles=[*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]], frameon=False, loc="center right")
+        ax.legend(handles=[*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]], frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return findings, draw
 
 

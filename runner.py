@@ -200,9 +200,16 @@ def execute(runs, jobs, launch="", gpus=0):
     Each job has its share of the cores, or, where there are GPUs, one of them.
     """
     processes.set_forkserver_preload(PRELOAD)  # runs are forked from a process that has these already: it saves each its first seconds
-    failed, running, slots = {}, {}, list(range(jobs))
+    failed, running, slots = {}, {}, list(range(jobs))  # running: {future: (run, slot, when it began)}
     todo = schedule([run for run in needed(runs) if not run.done])
     total, begun, waiting = sum(run.seconds for run in todo), time.monotonic(), list(todo)
+
+    def minutes_left():
+        """By the runs' estimates, and by how true those have been so far."""
+        now = time.monotonic()
+        left = sum(run.seconds for run in waiting) + sum(max(0, run.seconds - (now - since)) for run, _, since in running.values())
+        return left * (now - begun) / max(1, total - left) / 60
+
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
         while waiting or running:
             for run in list(waiting):
@@ -213,23 +220,21 @@ def execute(runs, jobs, launch="", gpus=0):
                     bar.update()
                 elif slots and all(need.done for need in run.needs):
                     slot = slots.pop(0)
-                    running[pool.submit(run.execute, launch, {} if launch else share(slot, jobs, gpus))] = run, slot
+                    running[pool.submit(run.execute, launch, {} if launch else share(slot, jobs, gpus))] = run, slot, time.monotonic()
                     waiting.remove(run)
             if not running:
                 continue
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+            bar.set_postfix_str(f"about {minutes_left():.1f} min left")
             for future in finished:
-                run, slot = running.pop(future)
+                run, slot, _ = running.pop(future)
                 slots.append(slot)
                 if future.exception():
                     failed[run.key] = str(future.exception())
                     tqdm.write(f"failed: {future.exception()}", file=sys.stderr)
-                left = sum(r.seconds for r in [*waiting, *(r for r, _ in running.values())])
-                rest = left * (time.monotonic() - begun) / max(1, total - left)
-                bar.set_postfix_str(f"about {rest / 60:.1f} min left")
                 bar.update()
                 if bar.disable:
-                    print(f"{time.monotonic() - begun:6.0f} s, about {rest / 60:.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
+                    print(f"{time.monotonic() - begun:6.0f} s, about {minutes_left():.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
     return failed
 
 

@@ -93,7 +93,7 @@ class Lab:
 
     def distilled(self, seed):
         return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, *self.prompt, "--data", self.text(), "--dialogue", self.dialogue(),
-                        "--sequences", 3072, "--lr", self.rate(self.size), "--eval_every", 10**6, seconds=self.seconds(self.size, 3072 * 200, 8))
+                        "--sequences", 3072, "--lr", self.rate(self.size), "--eval_every", 10**6, seconds=self.seconds(self.size, 3072 * self.tokens * 2, 8))
 
     def finetuned_on(self, text, seed):
         """The language model finetuned on one short text, thirty steps. It stands there many times, so that it is also seen to begin."""
@@ -119,6 +119,7 @@ class Lab:
 class Toy(Lab):
     """The embedded world: every set is one of its files."""
     default_sizes = "test", "0.8m"
+    flops, vocabulary, tokens = 8e10, 1500, 60
     ranked = targets = large = ("ranked",)
     binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
     much, amounts, comparisons, tested, ks = (), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
