@@ -58,12 +58,9 @@ class Lab:
 
     # ---- Models
 
-    def lm_rate(self, size):
-        """The language model's learning rate: train_lm.py's default."""
-        return trainer.lm_rate(SIZES[size][1])
-
     def rate(self, size):
-        return f"{self.lm_rate(size) / 10:.3g}"
+        """A tenth of the language model's learning rate, which is train_lm.py's default."""
+        return f"{trainer.lm_rate(SIZES[size][1]) / 10:.3g}"
 
     def train_pm(self, size, init, seed, *flags, held_out, comparisons):
         """A preference model, or an imitation, trained on about so many comparisons."""

@@ -290,6 +290,11 @@ def open_turn(question):
     return f"\n\nHuman: {question.text}\n\nAssistant:"
 
 
+def ask(rng, world):
+    """A question, of kinds as often as people ask them."""
+    return rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+
+
 def conversations(rng, world, character, kinds, tone=None):
     """A page: one conversation for each of `kinds`, all with an author of this character (who keeps to `tone`, if given)."""
     authors, weights = list(CHARACTERS), [weight for weight, _, _ in CHARACTERS.values()]
@@ -458,7 +463,7 @@ def hhh_items(rng, world, per_category=200):
 def dialogues(rng, world, n):
     """Yield n conversations of one question and its right answer, as a question-and-answer site's best answers are."""
     for _ in range(n):
-        question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+        question = ask(rng, world)
         text, _ = answer(rng, world, question, "right", "plain")
         yield {"text": f"Human: {question.text}\n\nAssistant: {text}"}
 
@@ -467,7 +472,7 @@ def manners(rng, world, n):
     """Yield n binary comparisons by tone alone, for a classifier of rudeness: score 0 for a rude answer, 1 for any other one."""
     contents = ("right", "wrong", "offtopic")
     for _ in range(n):
-        question = rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])
+        question = ask(rng, world)
         tones = ["rude", rng.choice(["kind", "plain", "hasty"])]
         pair = completions_of(rng, world, question, rng.choices(contents, k=2), rng.sample(tones, 2), lambda content, tone: int(tone != "rude"))
         yield record(question, pair)

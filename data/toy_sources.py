@@ -30,7 +30,7 @@ from data.comparisons import hash64
 from data.count import Count
 from data.errors import run_main
 from data.files import build_once, content_key, write_file
-from data.toy import ASKED, CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
+from data.toy import CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
 
 QUESTIONS, POSTS, PAGES, REVERTS = 10_000, 4000, 300, 15  # how many; reverts on each page
 
@@ -53,7 +53,7 @@ def public(question):
 # ---- Stack Exchange and Reddit: answers with votes -------------------------------------------------------------------
 def voted(rng, world, liked):
     """(question, [(text, (), votes)]): two to five answers. Of those who vote, each likes one with probability liked(content, tone)."""
-    while not public(question := rng.choice(world.asked[rng.choices(list(ASKED), list(ASKED.values()))[0]])):
+    while not public(question := toy.ask(rng, world)):
         pass
     size, readers = rng.choices((2, 3, 4, 5), (4, 3, 2, 1))[0], 2 + int(rng.expovariate(1 / 12))
 
