@@ -210,7 +210,7 @@ def execute(runs, jobs, launch="", gpus=0):
         left = sum(run.seconds for run in waiting) + sum(max(0, run.seconds - (now - since)) for run, _, since in running.values())
         return left * (now - begun) / max(1, total - left) / 60
 
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=None, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]") as bar:
         while waiting or running:
             for run in list(waiting):
                 bad = next((need for need in run.needs if need.key in failed), None)
