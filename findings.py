@@ -135,7 +135,7 @@ def bars(named, label):
         ax.set_xticks(np.arange(len(groups)), groups, rotation=30 if sum(map(len, groups)) > 60 else 0)
         ax.set_ylabel(label)
         if len(named) > 1:
-            ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+            legend_above(ax)
     return draw
 
 
@@ -147,13 +147,18 @@ def curves(named, at, along, label):
             ax.errorbar(at, mean, sd, capsize=3, label=series, **line_style(n))
         log_axis(ax, at, along)
         ax.set_ylabel(label)
-        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        legend_above(ax)
     return draw
 
 
 def line_style(n):
     """Mark, dashes and grey of the n-th line of a figure."""
     return {"fmt": ("o-", "s--", "^:", "d-.")[n % 4], "color": str(0.15 * (n % 4))}
+
+
+def legend_above(ax, **more):
+    """The legend where it hides nothing."""
+    ax.legend(**more, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def log_axis(ax, at, along):

@@ -26,7 +26,7 @@ from data import synthetic, toy
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, curves, equal, hits, line_style, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from findings import above, bars, compared, curves, equal, hits, legend_above, line_style, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
 from report import picture, write_report
 from runner import Run, cores, execute, needed
@@ -81,7 +81,7 @@ def against_imitation(lab, names):
     """{arm: {size: {set: runs}}}: imitation, and preference models by rewards."""
     if not names:
         raise InputError("the sets that it compares are not among --sets")
-    make = lambda size, name, s, *flags: lab.accuracy(lab.pm(name, s, *flags, size=size), name, size=size, no_context=not flags)
+    make = lambda size, name, s, *flags: lab.accuracy(lab.pm(name, s, *flags, size=size), name, size=size, no_context=not flags)  # the imitation has flags; its bar has no such ruler
     return {arm: {size: {name: lab.by_seed(lambda s: make(size, name, s, *flags)) for name in names} for size in reversed(lab.sizes)}
             for arm, flags in (("imitation", ("--objective", "imitation")), ("preference model", ()))}
 
@@ -343,7 +343,7 @@ def scaling(lab):
         other = ax.twinx()
         other.errorbar(n, [np.mean(loss[size]) for size in lab.sizes], fmt="s--", color="0.5", label="language model, loss")
         other.set_ylabel("held-out loss, nats a token")
-        ax.legend(handles=[*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]], frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        legend_above(ax, handles=[*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]])
     return findings, draw
 
 

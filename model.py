@@ -87,8 +87,12 @@ class Layout:
 
     def is_short(self):
         """Whether blocks waste less than tiles on what is not seen: the comparisons are short."""
-        return self._once("short", lambda: sum(len(half) * int(half[-1]) ** 2 for half in self._comparisons()[1].sort()[0].chunk(2)) <
-                          sum((q1 - q0) * (b - a) for q0, q1, keys in self._tile_ranges() for a, b in keys))
+        def build():
+            _, size, halves = self._comparisons()
+            in_blocks = sum(len(half) * int(size[half[-1]]) ** 2 for half in halves)
+            in_tiles = sum((q1 - q0) * (b - a) for q0, q1, keys in self._tile_ranges() for a, b in keys)
+            return in_blocks < in_tiles
+        return self._once("short", build)
 
     def blocks(self, n_head, dtype, device):
         """For CPUs: comparisons side by side, the shorter half of them and the longer one, each half padded to its longest, L.
@@ -96,9 +100,9 @@ class Layout:
         Returns ([(tokens (n L,), mask (n n_head, L, L)) of each half], where each token of the row stands in them (T,)).
         """
         def build():
-            begin, size = self._comparisons()
+            begin, size, halves = self._comparisons()
             blocks, place, filled = [], torch.empty(self.starts[-1], dtype=torch.long), 0
-            for half in size.argsort(stable=True).chunk(2):
+            for half in halves:
                 offset = torch.arange(int(size[half[-1]]))
                 real = offset < size[half, None]  # (n, L)
                 tokens = begin[half, None] + offset * real  # the padding repeats the first one
@@ -110,9 +114,11 @@ class Layout:
         return self._once(("blocks", n_head, dtype, device), build)
 
     def _comparisons(self):
-        """(first token, number of tokens) of each comparison, (n,) both: a context and its completions."""
+        """(first token (n,), number of tokens (n,)) of each comparison, a context and its completions; numbers of the shorter half of
+        them and of the longer one, each with the longest last."""
         bounds = torch.tensor([self.starts[i] for i, p in enumerate(self.parents) if p == i] + [self.starts[-1]])
-        return bounds[:-1], bounds.diff()
+        size = bounds.diff()
+        return bounds[:-1], size, size.argsort(stable=True).chunk(2)
 
     def _end_ranges(self):
         """As _tile_ranges, for few queries: the completions' ends, with all keys from the first's context to the last's end."""
@@ -411,11 +417,12 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """Normal, std sqrt(2 / (5 d_model)), which is the usual 0.02 at a width of 1,000 and keeps narrow models from starting too small;
         what writes into the residual stream 1/sqrt(2 n_layer) of that; head 1/sqrt(d_model + 1)."""
-        generator, inside = torch.Generator(self.unembedding.device).manual_seed(seed), math.sqrt(2 / (5 * self.config.d_model))
+        generator = torch.Generator(self.unembedding.device).manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                out = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = inside / math.sqrt(2 * self.config.n_layer) if out else inside
+                std = math.sqrt(2 / (5 * self.config.d_model))
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * self.config.n_layer)
                 if name == "score.weight":
                     std = 1 / math.sqrt(self.config.d_model + 1)
                 nn.init.normal_(p, std=std, generator=generator)

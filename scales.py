@@ -116,7 +116,7 @@ class Lab:
 class Toy(Lab):
     """The embedded world: every set is one of its files."""
     default_sizes = "test", "0.8m"
-    flops, vocabulary, tokens = 8e10, 1500, 60
+    flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small: estimates alone depend on them
     ranked = targets = large = ("ranked",)
     binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
     much, amounts, comparisons, tested, ks = (), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
