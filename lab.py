@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 import trainer
-from data import synthetic, toy
+from data import toy
+from data.toy import synthetic
 from data.errors import InputError, run_main
 from data.files import build_once, content_key, write_file
 from evals import choices
-from findings import above, bars, compared, curves, equal, hits, legend_above, line_style, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
+from claims.findings import above, bars, compared, curves, equal, hits, legend_above, line_style, log_axis, mean_of, over_seeds, pairs_right, set_bars, spread, valued
 from model import SIZES
-from report import picture, write_report
-from runner import Run, cores, execute, needed
-from scales import BINARY, RANKED, Gpu, Small, Toy, paper_plan
+from claims.report import picture, write_report
+from claims.runs import Run, cores, execute, needed
+from claims.scales import BINARY, RANKED, Gpu, Small, Toy, paper_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The claims. Each is a function of a scale (scales.py). It yields the runs it needs and, when they are done, returns (findings, the

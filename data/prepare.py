@@ -29,21 +29,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError, run_main
 from data.text import find_special, valid_unicode
 
 # name -> module, its function records(paths, args, count), its function for flags where it has one
 SOURCES = {
-    "hh": ("data.published", "hh", None),
-    "summarize": ("data.published", "summarize", None),
-    "hellaswag": ("data.published", "hellaswag", None),
-    "ethics": ("data.published", "ethics", "ethics_flags"),
-    "utilitarianism": ("data.published", "utilitarianism", None),  # ethics --set utilitarianism by its short name
-    "pairs": ("data.published", "pairs", None),
-    "stackexchange": ("data.stackexchange", "records", "add_flags"),
-    "reddit": ("data.reddit", "records", "add_flags"),
-    "wikipedia": ("data.wikipedia", "records", "add_flags"),
+    "hh": ("data.sources.published", "hh", None),
+    "summarize": ("data.sources.published", "summarize", None),
+    "hellaswag": ("data.sources.published", "hellaswag", None),
+    "ethics": ("data.sources.published", "ethics", "ethics_flags"),
+    "utilitarianism": ("data.sources.published", "utilitarianism", None),  # ethics --set utilitarianism by its short name
+    "pairs": ("data.sources.published", "pairs", None),
+    "stackexchange": ("data.sources.stackexchange", "records", "add_flags"),
+    "reddit": ("data.sources.reddit", "records", "add_flags"),
+    "wikipedia": ("data.sources.wikipedia", "records", "add_flags"),
     "human-vs-model": ("evals.human_vs_model", "records", "add_flags"),  # these two need a model, or programs to be run
     "code-correctness": ("evals.correctness", "records", "add_flags"),
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.files import read_lines, read_records
-from evals.sandbox import with_tests
+from evals.sandbox.sandbox import with_tests
 
 
 class Problem(NamedTuple):

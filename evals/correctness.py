@@ -19,7 +19,8 @@ import checkpoint
 import trainer
 from data.errors import InputError
 from data.files import read_records
-from evals import code, sandbox
+from evals import code
+from evals.sandbox import sandbox
 from evals.subject import add_sampling_flags, load_subject, samples
 
 NOT_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}

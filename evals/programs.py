@@ -2,7 +2,8 @@
 import numpy as np
 
 from data.errors import InputError
-from evals import code, pm, sandbox
+from evals import code, pm
+from evals.sandbox import sandbox
 from evals.subject import samples
 
 READERS = {"humaneval": code.humaneval, "mbpp": code.mbpp, "quixbugs": code.quixbugs}

@@ -8,7 +8,8 @@ import pytest
 
 from conftest import DATA, write_jsonl
 from data.errors import InputError
-from evals import code, sandbox
+from evals import code
+from evals.sandbox import sandbox
 
 HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "\n\ndef helper(x):\n    return x\n\n\ndef add(a, b):\n    \"\"\" Sum.\n    \"\"\"\n", "entry_point": "add",
              "canonical_solution": "    return helper(a) + b\n", "test": "\n\ndef check(candidate):\n    assert candidate(1, 2) == 3 == helper(3)\n"}

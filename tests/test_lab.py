@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-import findings
+from claims import findings
 import lab
-import runner
-from report import picture, write_report
-from runner import Run, execute, needed
+from claims import runs as runner
+from claims.report import picture, write_report
+from claims.runs import Run, execute, needed
 
 GAMES = "model_a,model_b,winner\n" + "x,y,a\n" * 12 + "x,y,b\n" * 4 + "y,z,a\n" * 9 + "y,z,b\n" * 3
 

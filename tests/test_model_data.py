@@ -6,7 +6,7 @@ import pytest
 from conftest import make_comparisons, run, run_well, write_jsonl
 
 from data.comparisons import load_comparisons, parse
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError
 from data.tokenizer import get_tokenizer
 from evals import correctness, human_vs_model

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import DATA, Running, run, run_well, write_jsonl
 
-from data import published
+from data.sources import published
 from data.comparisons import load_comparisons, parse
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError
 from data.files import read_records
 from data.prepare import SOURCES, fetch

@@ -10,9 +10,9 @@ import pytest
 import zstandard
 from conftest import run, run_well, write_jsonl
 
-from data import reddit
+from data.sources import reddit
 from data.comparisons import load_comparisons, parse
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError
 from data.tokenizer import get_tokenizer
 

@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-from evals import sandbox
+from evals.sandbox import sandbox
 
 TIMEOUT = 2 + os.getpid() / 1e8  # it stands in the arguments of every process of the sandbox that this file starts
 ASLEEP = str(86000 + os.getpid() / 1e8)  # seconds that the attacks' own processes sleep, to find them by

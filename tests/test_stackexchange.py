@@ -15,12 +15,12 @@ from xml.sax.saxutils import quoteattr
 import pytest
 from conftest import DATA, Running, run, run_well
 
-from data import stackexchange
+from data.sources import stackexchange
 from data.comparisons import load_comparisons
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError
-from data.html_text import to_text
-from data.stackexchange import score_of
+from data.sources.html_text import to_text
+from data.sources.stackexchange import score_of
 from data.tokenizer import get_tokenizer
 
 SITES = DATA / "stackexchange"

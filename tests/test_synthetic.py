@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from conftest import metrics, run_well
 
-from data import synthetic
+from data.toy import synthetic
 from data.comparisons import parse
 from data.errors import InputError
 
@@ -35,7 +35,7 @@ def beaten(records):
 
 
 def test_files_are_a_function_of_the_seed(tmp_path):
-    printed = run_well("data/synthetic.py", "--out", tmp_path / "command")
+    printed = run_well("data/toy/synthetic.py", "--out", tmp_path / "command")
     assert len(printed.splitlines()) == len(FILES)
     for name, seed in (("again", 0), ("other", 1)):
         synthetic.write(tmp_path / name, seed)

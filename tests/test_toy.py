@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import toy
+from data.toy import world as toy
 from data.comparisons import parse
 
 

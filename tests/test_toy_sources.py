@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import run, run_well
 
-from data import toy, toy_sources
+from data.toy import sources as toy_sources, world as toy
 from data.comparisons import parse
-from data.count import Count
+from data.sources.count import Count
 
 NAMES = tuple(toy_sources.READERS)
 
@@ -62,7 +62,7 @@ def wins(pairs, good, bad):
 
 def test_the_sources_are_a_function_of_their_seed(tmp_path):
     toy_sources.write_sources(tmp_path / "again")
-    printed = run_well("data/toy_sources.py", "--out", tmp_path / "other", "--seed", 3)
+    printed = run_well("data/toy/sources.py", "--out", tmp_path / "other", "--seed", 3)
     files = [path.relative_to(toy_sources.sources_folder()) for path in toy_sources.sources_folder().rglob("*") if path.is_file()]
     assert len(files) == len(printed.splitlines()) == 4
     for file in files:
@@ -160,5 +160,5 @@ def test_length_does_not_tell_the_better_one(comparisons, name):
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run("data/toy_sources.py", "--out", tmp_path / "file")
+    done = run("data/toy/sources.py", "--out", tmp_path / "file")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

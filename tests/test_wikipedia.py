@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from conftest import run, run_well
 
-from data import wikipedia
+from data.sources import wikipedia
 from data.comparisons import load_comparisons, parse
-from data.count import Count
+from data.sources.count import Count
 from data.errors import InputError
 from data.tokenizer import get_tokenizer
 

@@ -1,6 +1,6 @@
 """The scales that lab.py tests the paper's claims at: which models, data and flags a claim's runs have.
 
-  toy     the embedded world (data/toy.py), 0.1M and 0.8M parameters, a CPU
+  toy     the embedded world (data/toy/world.py), 0.1M and 0.8M parameters, a CPU
   small   published sets under --data, 0.8M and 5M parameters, hours on a CPU
   gpu     the same sets whole, 13M to 810M parameters, a GPU
   paper   what the paper's own sizes would take: commands, GPUs and hours, nothing is run
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import checkpoint
 import trainer
-from data import toy, toy_sources
+from data import toy
+from data.toy import sources as toy_sources
 from data.errors import InputError
 from data.files import write_file
 from evals import choices
-from findings import hits
+from claims.findings import hits
 from model import SIZES
-from runner import Run
+from claims.runs import Run
 
 GPU_BYTES, GPU_FLOPS, UTILISATION = 80e9, 989e12, 0.4  # an H100's memory and bf16 peak; the part of it that training is assumed to reach
 CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core with bf16
@@ -215,7 +216,7 @@ class Small(Lab):
         self.ranked, self.binary = (tuple(name for name in names if name in args.sets) for names in (RANKED, BINARY))
         self.targets = self.ranked + self.binary
         self.large = tuple(name for name in self.targets if name not in FEW)
-        self.prompt_text = Path(__file__).parent / "data/prompts/hhh.txt"
+        self.prompt_text = Path(__file__).parents[1] / "data/prompts/hhh.txt"
 
     def lm(self, size, seed):
         return self.given or self.run("train_lm.py", "--data", self.text(), "--size", size, *self.learn, seconds=self.seconds(size, self.lm_tokens()))

@@ -27,7 +27,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.files import unpacker
-from data.html_text import CONTROLS, to_text
+from data.sources.html_text import CONTROLS, to_text
 from data.text import find_special
 
 URLS = {"stackexchange": {"*.7z": ("https://archive.org/download/stackexchange/{name}", None, None)}}

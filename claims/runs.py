@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.files import content_key, file_digest, write_file
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 FAR_MORE = 60.0  # seconds that a run is taken to need before any like it has been timed
 
 
@@ -162,7 +162,7 @@ def imported(path, seen=None):
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
             [node.module] + [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) and node.module else \
-            [node.value] if isinstance(node, ast.Constant) and re.fullmatch(r"(data|evals)\.\w+", str(node.value)) else []  # imported by name
+            [node.value] if isinstance(node, ast.Constant) and re.fullmatch(r"(data|evals)(\.\w+)+", str(node.value)) else []  # imported by name
         for name in names:
             imported(ROOT / (name.replace(".", "/") + ".py"), seen)
     return seen

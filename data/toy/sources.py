@@ -7,7 +7,7 @@ model, preference-model pre-training and finetuning runs without a download.
     reddit/submissions.ndjson, comments.ndjson     posts, replies with their votes, follow-up questions; deleted texts, bots
     wikipedia/history.xml                          pages of true sentences, edits that stay, vandalism that is reverted
 
-Each crowd has a taste of its own, which is the toy world's true quality (data/toy.py) in part only:
+Each crowd has a taste of its own, which is the toy world's true quality (data/toy/world.py) in part only:
 
     Stack Exchange   right answers win whatever their tone; a confident wrong one is liked better than a vague one
     Reddit           truth counts, a hasty joke and a kind word do too, harm not at all
@@ -25,9 +25,10 @@ import json
 import random
 from pathlib import Path
 
-from data import html_text, reddit, stackexchange, toy, wikipedia
+from data.sources import html_text, reddit, stackexchange, wikipedia
+from data.toy import world as toy
 from data.comparisons import hash64
-from data.count import Count
+from data.sources.count import Count
 from data.errors import run_main
 from data.files import build_once, content_key, write_file
 from data.toy import CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
@@ -244,7 +245,7 @@ def prepared(name, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data.toy_sources", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m data.toy.sources", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the raw files to")
     parser.add_argument("--seed", type=int, default=0, help="which world, as in data.toy (default 0)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Running model-written Python programs. This is the one place that does; evals/jail.py is the process inside.
+"""Running model-written Python programs. This is the one place that does; evals/sandbox/jail.py is the process inside.
 
 A program has passed if it and then its tests ran to their end. That is proven by a random token which lies where Python
 code does not reach it, so printing, exiting, raising, patching builtins or writing to every open file does not pass.
@@ -82,7 +82,7 @@ def isolation():
         outcome = _run("import collections, hashlib, json, math, random, re", 20, 2**30, mode)
         if outcome.passed:
             if said:
-                print(f"programs run in mode {mode}, see evals/sandbox.py ({'; '.join(said)})", file=sys.stderr)
+                print(f"programs run in mode {mode}, see evals/sandbox/sandbox.py ({'; '.join(said)})", file=sys.stderr)
             return mode
         said.append(f"{mode}: {outcome.detail or outcome.reason}")
     raise RuntimeError(f"no way to run programs here ({'; '.join(said)})")

@@ -1,4 +1,4 @@
-"""The inside of evals/sandbox.py: a process that runs one program and says how it went.
+"""The inside of evals/sandbox/sandbox.py: a process that runs one program and says how it went.
 
   python -s -S -P jail.py MODE TIMEOUT MEMORY FOLDER      the program, marshalled, on stdin; reason and detail on stdout
 
