@@ -31,7 +31,7 @@ from data.comparisons import hash64
 from data.sources.count import Count
 from data.errors import run_main
 from data.files import build_once, content_key, write_file
-from data.toy import CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
+from data.toy.world import CONTENT, HELD_OUT, TONE, TONES, UNFIT, WORDS, Question, Scales
 
 QUESTIONS, POSTS, PAGES, REVERTS = 10_000, 4000, 300, 15  # how many; reverts on each page
 
