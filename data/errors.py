@@ -1,10 +1,18 @@
 """Bad input is answered with one line and exit code 2; a traceback is for our own mistakes only."""
+import argparse
 import os
 import sys
 
 
 class InputError(Exception):
     """Something the user can mend. The message names the file, the line where there is one, and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers wrong flags with the one line that matters, and not with all of its usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} -h explains the flags\n")
 
 
 def run_main(main):
