@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import checkpoint
-import trainer
+import plan
+from ranks import pick_dtype, start
 from data.errors import InputError, run_main
 from data.files import write_file
 from data.prompts import STOPS, fit_prompt, load_prompt
@@ -38,14 +39,14 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder of a language model")
     parser.add_argument("--prompt", default="none", help="hhh, code, toy, a text file, or none (default: none)")
-    parser.add_argument("--prompt_tokens", type=trainer.positive(int), help="keep the prompt's preamble and as many of its last conversations as fit this many tokens "
+    parser.add_argument("--prompt_tokens", type=plan.positive(int), help="keep the prompt's preamble and as many of its last conversations as fit this many tokens "
                         "(default: the whole prompt)")
-    parser.add_argument("--temperature", type=trainer.between(float, 0, 100), default=0.7, help="0 takes the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_p", type=trainer.between(float, 0.001, 1), default=0.95, help="sample from the likeliest tokens that together have this probability "
+    parser.add_argument("--temperature", type=plan.between(float, 0, 100), default=0.7, help="0 takes the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_p", type=plan.between(float, 0.001, 1), default=0.95, help="sample from the likeliest tokens that together have this probability "
                         "(default: %(default)s)")
-    parser.add_argument("--max_new", type=trainer.positive(int), default=256, help="tokens of an answer at most (default: %(default)s)")
-    parser.add_argument("--seed", type=trainer.between(int, 0, 2**63 - 1), help="the same answers each time (default: others each time)")
-    trainer.add_device_flags(parser)
+    parser.add_argument("--max_new", type=plan.positive(int), default=256, help="tokens of an answer at most (default: %(default)s)")
+    parser.add_argument("--seed", type=plan.between(int, 0, 2**63 - 1), help="the same answers each time (default: others each time)")
+    plan.add_device_flags(parser)
     return parser.parse_args()
 
 
@@ -129,15 +130,15 @@ def read_prompt(name, args, tokenizer, ctx):
 
 def main():
     args = parse_args()
-    device = trainer.start(args.device).device
+    device = start(args.device).device
     model, tokenizer, meta = checkpoint.load(args.model)
     if meta["kind"] != "lm":
         raise InputError(f"{args.model}: a language model is needed to chat, and this is a preference model")
-    model.dtype = trainer.pick_dtype(args.dtype, device)
+    model.dtype = pick_dtype(args.dtype, device)
     model.to(device).eval()
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
-    chat(args, tokenizer, Reader(model, trainer.micro_tokens(args, model, device)), generator)
+    chat(args, tokenizer, Reader(model, plan.micro_tokens(args, model, device)), generator)
 
 
 def chat(args, tokenizer, reader, generator):

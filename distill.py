@@ -1,238 +1,334 @@
-"""Context distillation: train a model without a prompt to be what it is behind one (Section 2.3 of the paper).
+"""Context distillation: train a model without a prompt to be what it is behind one (Section 2.3 of the
+paper).
 
-  python distill.py --init out/lm --out out/distilled                          the toy world and its prompt
-  python distill.py --init out/lm --prompt hhh --data texts/ --dialogue stackexchange.jsonl --out out/distilled
-  python distill.py --init out/lm --online --out out/distilled                 the teacher's whole distribution, computed at each step
+  python distill.py --init out/lm --out out/distilled                  the toy world and its prompt
+  python distill.py --init out/lm --out out/distilled --prompt hhh --data texts/ --dialogue talks.jsonl
+  python distill.py --init out/lm --online --out out/distilled         with the teacher's whole distribution
 
     L(theta) = KL( p0(X | C) || p_theta(X) )
 
-C is the prompt, p0 the teacher, which is the initial model unless --teacher names another, and X a text: half of them are
-windows of language-model text set after "Human:", half dialogues. The teacher's 50 likeliest next tokens and the sum of all
-others are a distribution over 51 classes for each token of X; these are computed once, behind the prompt's keys and values,
-and stored. The gradient by the logits differs from the full KL's by at most twice the probability of the others.
+C is the prompt. p0 is the teacher: the initial model, unless --teacher names another. X is a text. Half of
+the texts are pieces of language-model text set after "Human:", and half are dialogues.
+
+For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
+over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored. The
+gradient by a student's logits then differs from that of the KL over the whole vocabulary by at most twice the
+probability of the 51st class, since only its division among the other tokens is unknown.
 """
 import argparse
 import hashlib
+import itertools
 import math
+import re
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import plan
 import trainer
 from data import toy
-from data.errors import InputError, run_main
+from data.errors import InputError, Parser, run_main
 from data.files import build_once, content_key
-from data.packing import balance, pack, step_examples
+from data.packing import Layout, TensorBatch, balance, pack, step_examples
 from data.text import lm_windows, load_text
 from evals.subject import read_prompt
-from model import Layout, linear_loss
+from model import linear_loss
+from ranks import pick_dtype, start
 
-TOP = 50  # the teacher's likeliest tokens that are stored; all others are the 51st class
-SHARD = 512  # sequences in a folder of the teacher's cache: what a killed run has to do again at most
-SHORTEST = 16  # tokens: shorter windows of text teach nothing
+TOP = 50  # the teacher's likeliest tokens; all others together are the 51st class
+SHARD = 512  # sequences in one folder of the stored teacher: a killed run does at most so many again
+SHORTEST = 16  # tokens of the shortest piece of text worth a sequence
+HUMAN = "\n\nHuman: "  # stands before a piece of text
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
+HELD_OUT = 0.01  # part of the documents that load_text keeps apart; nothing here reads them
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", required=True, help="checkpoint folder of the language model to train")
-    parser.add_argument("--teacher", help="checkpoint folder of another teacher with the same tokenizer (default: the initial model)")
-    parser.add_argument("--prompt", metavar="FILE", help="the prompt: a text file in the paper's format, or hhh, code, toy (default: toy for toy data, else hhh)")
-    parser.add_argument("--prompt_tokens", type=trainer.positive(int), metavar="N", help="keep the prompt's preamble and the last conversations that fit in N tokens")
-    parser.add_argument("--data", nargs="+", default=["toy"], help="files or folders of text, for the first half of X; or toy (default: toy)")
-    parser.add_argument("--dialogue", nargs="+", help="files of {\"text\": \"Human: …\\n\\nAssistant: …\"} lines, for the other half, such as data.prepare "
-                        "stackexchange --dialogue makes (default: the toy world's, for toy data)")
-    parser.add_argument("--ctx", type=trainer.positive(int), help="tokens of X at most (default: what the prompt leaves of the teacher's context)")
-    parser.add_argument("--sequences", type=trainer.between(int, 64, 2**31), default=8192, help="different X in all, half of each kind (default: %(default)s)")
-    parser.add_argument("--online", action="store_true", help="compute the teacher's whole distribution at each step; store nothing")
-    trainer.add_training_flags(parser, batch=32, batch_unit="sequences", lr="0.05 x the language model's", schedule="linear", warmup=0.0)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--init", required=True, help="checkpoint folder of the language model to train")
+    add("--teacher",
+        help="checkpoint folder of another teacher with the same tokenizer (default: the initial model)")
+    add("--prompt", metavar="FILE",
+        help="the prompt: a text file in the paper's format, or hhh, code, toy (default: toy for toy data, "
+        "else hhh)")
+    add("--prompt_tokens", type=plan.positive(int), metavar="N",
+        help="keep the prompt's preamble and as many of its last conversations as fit in N tokens")
+    add("--data", nargs="+", default=["toy"],
+        help="files or folders of text for the first half of X, or toy (default: toy)")
+    add("--dialogue", nargs="+",
+        help='files of {"text": "Human: …\\n\\nAssistant: …"} lines for the other half, as data.prepare '
+        "stackexchange --dialogue makes them (default: the toy world's, for toy data)")
+    add("--ctx", type=plan.positive(int),
+        help="tokens of X at most (default: what the prompt leaves of the teacher's context)")
+    add("--sequences", type=plan.between(int, 64, 2**31), default=8192,
+        help="different X in all, half of each kind (default: %(default)s)")
+    add("--online", action="store_true",
+        help="compute the teacher's whole distribution at each step, and store nothing")
+    plan.add_training_flags(
+        parser, batch=32, batch_unit="sequences", batch_default="32", schedule="linear", warmup=0.0,
+        lr_default="0.05 x the language model's, as in the paper; below 100M parameters 0.1 x")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    ranks = trainer.start(args.device)
-    text_files, dialogue_files, prompt_name = sources(args)
-    earlier = trainer.resumed(args, "lm", text_files + dialogue_files)
-    initial, tokenizer, meta = checkpoint.load_lm(args.init)
+    ranks = start(args.device)
+    text_files, dialogue_files, prompt_name = find_sources(args)
+    resumed = trainer.resumed(args, "lm", text_files + dialogue_files)
+    model, tokenizer, meta = checkpoint.load_lm(args.init)
     teacher_folder = checkpoint.find(args.teacher or args.init)
-    teacher, its_tokenizer, _ = checkpoint.load_lm(teacher_folder)
-    if its_tokenizer.key != tokenizer.key:
-        raise InputError(f"{args.teacher}: the teacher has another tokenizer than {args.init}; their tokens must be the same")
-    model = earlier[0] if earlier else initial
-    teacher.to(ranks.device).eval().requires_grad_(False)
+    teacher, teacher_tokenizer, _ = checkpoint.load_lm(teacher_folder)
+    if teacher_tokenizer.key != tokenizer.key:
+        raise InputError(f"{args.teacher}: the teacher has another tokenizer than {args.init}; their tokens "
+                         "must be the same")
+    if resumed:
+        model = resumed[0]
     model.to(ranks.device)
-    model.dtype = teacher.dtype = trainer.pick_dtype(args.dtype, ranks.device)
+    model.dtype = pick_dtype(args.dtype, ranks.device)
+    teacher = teacher.to(ranks.device).freeze(model.dtype)
     prompt, prefix = read_prompt(teacher, tokenizer, teacher.config.ctx, prompt_name, args.prompt_tokens)
-    ctx = min(args.ctx or math.inf, teacher.config.ctx - prefix.start, model.config.ctx)
+    ctx = min(args.ctx or math.inf, teacher.config.ctx - prefix.prefix_tokens, model.config.ctx)
     if ctx < 2 * SHORTEST:
-        raise InputError(f"--prompt {prompt_name}: of the teacher's context of {teacher.config.ctx} tokens it leaves {ctx} for X; give --prompt_tokens, or a larger --ctx")
+        raise InputError(f"--prompt {prompt_name}: of the teacher's context of {teacher.config.ctx} tokens "
+                         f"it leaves {ctx} for X; give --prompt_tokens, or a larger --ctx")
     sequences = make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks)
-    at_once = trainer.micro_tokens(args, model, ranks.device)
-    stored = None if args.online else store_teacher(teacher, teacher_folder, prefix, prompt, sequences, at_once, ranks)
+    micro_tokens = plan.micro_tokens(args, model, ranks.device)
+    stored = None
+    if not args.online:
+        stored = store_teacher(teacher, teacher_folder, prefix, prompt, sequences, micro_tokens, ranks)
 
-    n_held = max(1, len(sequences) // 32)
-    held_out, train = np.arange(n_held), np.arange(n_held, len(sequences))
-    lm_lr = meta.get("lm_lr") or trainer.lm_rate(model.config.d_model)
-    lr = args.lr or 0.05 * lm_lr
-    per_epoch = -(-len(train) // args.batch)
-    n_steps = args.steps or math.ceil(args.epochs * per_epoch)
+    n_held_out = max(1, len(sequences) // 32)
+    held_out, train = np.arange(n_held_out), np.arange(n_held_out, len(sequences))
+    lm_lr = meta.get("lm_lr") or plan.lm_rate(model.config.d_model)
+    lr = args.lr or plan.stage_rate(model, lm_lr, 0.05)
+    steps_per_epoch = math.ceil(len(train) / args.batch)
+    n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
 
-    def rows(numbers):
+    def rows_of(numbers):
+        """This rank's share of these sequences, in rows."""
         lengths = [len(sequences[i]) for i in numbers]
-        mine = balance(lengths, ranks.world)[ranks.rank]
-        return [Row([sequences[numbers[mine[j]]] for j in part], [numbers[mine[j]] for j in part], stored, ranks.device)
-                for part in pack([lengths[j] for j in mine], at_once)]
+        mine = [numbers[j] for j in balance(lengths, ranks.world)[ranks.rank]]
+        rows = pack([len(sequences[i]) for i in mine], micro_tokens)
+        return [SequenceRow([mine[j] for j in row], sequences, stored) for row in rows]
 
-    def loss(net, row):
-        hidden = net(row.tokens, row.layout)
+    def micro_batches(step):
+        return rows_of(train[step_examples(len(train), args.batch, args.seed, step)[1]])
+
+    def loss(model, row):
+        hidden = model(row.tokens, row.layout)
         if args.online:
             with torch.no_grad():
                 taught = teacher(row.tokens, row.layout, prefix)
-            return *_sum(full_kl(model, hidden, teacher, taught)), {}
-        return *_sum(top_kl(model, hidden, row.ids, row.log_p)), {}
+            total, _ = full_kl(model, hidden, teacher, taught)
+        else:
+            total, _ = top_kl(model, hidden, row.ids, row.log_p)
+        return total, len(row.tokens), {}
 
-    def evaluate(net):
-        total = [0.0, 0]
-        for row in rows(held_out):
-            row_loss, count, _ = loss(net, row)
-            total = [total[0] + row_loss.item(), total[1] + count]
-        nats, tokens = ranks.sum(total)
-        return {"loss": nats / tokens, "tokens": round(tokens)}
+    def evaluate(model):
+        total, n_tokens = 0.0, 0
+        for row in rows_of(held_out):
+            row_loss, count, _ = loss(model, row.to(ranks.device))
+            total, n_tokens = total + row_loss.item(), n_tokens + count
+        total, n_tokens = ranks.sum([total, n_tokens])
+        return {"loss": total / n_tokens, "tokens": round(n_tokens)}
 
-    kl_before = earlier[2]["kl_before"] if earlier else trainer.evaluated(model, evaluate)["loss"]
-    tokens = sum(map(len, sequences))
-    trainer.print_plan(args, ranks, model, n_steps, lr, at_once, [
-        f"data: {len(train):,} training sequences, {len(held_out):,} held out, {tokens:,} tokens; a step: {args.batch} sequences, about "
-        f"{args.batch * tokens / len(sequences):,.0f} tokens; an epoch: {per_epoch:,} steps",
-        f"teacher: {teacher_folder} behind {prompt_name}, {prefix.start} tokens; held-out KL at the start: {kl_before:.4f} nats a token"])
-    trainer.train(args, ranks, model, tokenizer, n_steps=n_steps, lr=lr,
-                  micro_batches=lambda step: rows(train[step_examples(len(train), args.batch, args.seed, step)[1]]), loss=loss, evaluate=evaluate,
-                  where=lambda row: "sequences " + ", ".join(map(str, row.numbers)), unit="tokens", resumed_from=earlier[2] if earlier else None,
-                  meta={"kind": "lm", "objective": "distillation", "lm_lr": lm_lr, "prompt": prompt_name, "kl_before": kl_before,
-                        "data": content_key(text_files + dialogue_files), "trained_on": trainer.trained_on(meta, text_files + dialogue_files, 0.01)})
+    def where(row):
+        return "sequences " + ", ".join(map(str, row.numbers))
+
+    kl_before = resumed[2]["kl_before"] if resumed else trainer.evaluated(model, evaluate)["loss"]
+    n_tokens = sum(map(len, sequences))
+    plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
+        f"data: {len(train):,} training sequences, {len(held_out):,} held out, {n_tokens:,} tokens; a step: "
+        f"{args.batch} sequences, about {args.batch * n_tokens / len(sequences):,.0f} tokens; an epoch: "
+        f"{steps_per_epoch:,} steps",
+        f"teacher: {teacher_folder} behind {prompt_name}, {prefix.prefix_tokens} tokens; held-out KL at "
+        f"the start: {kl_before:.4f} nats a token"])
+    trainer.train(
+        args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
+        evaluate=evaluate, where=where, unit="tokens", resumed_from=resumed[2] if resumed else None,
+        meta={"kind": "lm", "objective": "distillation", "lm_lr": lm_lr, "prompt": prompt_name,
+              "kl_before": kl_before, "data": content_key(text_files + dialogue_files),
+              "trained_on": trainer.trained_on(meta, text_files + dialogue_files, HELD_OUT)})
 
 
-def sources(args):
+# ------------------------------------------------------------------------------------------------------------
+# The texts X
+
+
+def find_sources(args):
     """(text files, dialogue files, name of the prompt)."""
     is_toy = args.data == ["toy"]
     if not args.dialogue and not is_toy:
-        raise InputError("--dialogue is missing: half of X are dialogues; python -m data.prepare stackexchange --dialogue makes them")
+        raise InputError("--dialogue is missing: half of X are dialogues; python -m data.prepare "
+                         "stackexchange --dialogue makes them")
     return (toy.find_data(args.data, "lm.jsonl"), toy.find_data(args.dialogue or ["toy"], "dialogue.jsonl"),
             args.prompt or ("toy" if is_toy else "hhh"))
 
 
 def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):
-    """--sequences arrays of at most ctx token ids, in a random order: half windows of text after "Human:", half dialogues."""
-    half = args.sequences // 2
-    human = tokenizer.encode("\n\nHuman: ")
-    text = load_text(text_files, tokenizer)[0]
-    windows, epoch = [], 0
-    while len(windows) < args.sequences - half:
-        before = len(windows)
-        for start in lm_windows(text, ctx - len(human), args.seed, epoch).tolist():
-            window = np.asarray(text.tokens[start:start + ctx - len(human)])
-            ends = np.flatnonzero(window == tokenizer.eot)  # one document a sequence: the prompt reaches no further
-            if (len(window) if not len(ends) else ends[0]) >= SHORTEST:
-                windows.append(np.concatenate([human, window[:ends[0] if len(ends) else None]]))
-            if len(windows) == args.sequences - half:
-                break
-        if len(windows) == before:
-            raise InputError(f"{text_files[0]}: no document has a piece of {SHORTEST} tokens")
-        epoch += 1
-    talks = [np.concatenate([tokenizer.encode("\n\n"), talk])[:ctx] for talk in documents(load_text(dialogue_files, tokenizer)[0], tokenizer.eot)]
-    if not talks:
+    """--sequences arrays of at most ctx token ids, in a random order: half pieces of text, half dialogues.
+
+    Each is tokenised as one string, from the line ends before it on, just as an evaluation tokenises what it
+    reads behind a prompt. Tokens of separate strings, joined, would often be others.
+    """
+    n_dialogues = args.sequences // 2
+    n_pieces = args.sequences - n_dialogues
+    text = load_text(text_files, tokenizer, HELD_OUT)[0]
+    pieces = list(itertools.islice(text_pieces(text, tokenizer, ctx, args.seed), n_pieces))
+    if not pieces:
+        raise InputError(f"{text_files[0]}: no document has a piece of {SHORTEST} tokens")
+    dialogues = list(documents(load_text(dialogue_files, tokenizer, HELD_OUT)[0], tokenizer))
+    if not dialogues:
         raise InputError(f"{dialogue_files[0]}: no dialogue in this file")
-    order = np.random.default_rng([args.seed, 2]).permutation(len(talks))
-    if len(talks) < half or epoch > 1:
-        ranks.say(f"note: {args.sequences} sequences are more than the data has; {len(talks):,} dialogues come {half / len(talks):.1f} times each, the text {epoch} times")
-    chosen = windows[:args.sequences - half] + [talks[order[i % len(talks)]] for i in range(half)]
-    return [chosen[i].astype(np.int64) for i in np.random.default_rng([args.seed, 3]).permutation(len(chosen))]
+    for name, found, wanted in (("pieces of text", pieces, n_pieces), ("dialogues", dialogues, n_dialogues)):
+        if len(found) < wanted:
+            ranks.say(f"note: the data has {len(found):,} {name}, so each comes {wanted / len(found):.1f} "
+                      "times")
+    order = np.random.default_rng([args.seed, 2]).permutation(len(dialogues))
+    chosen = [pieces[i % len(pieces)] for i in range(n_pieces)]
+    for i in range(n_dialogues):
+        chosen.append(tokenizer.encode("\n\n" + dialogues[order[i % len(dialogues)]])[:ctx])
+    shuffled = np.random.default_rng([args.seed, 3]).permutation(len(chosen))
+    return [chosen[i].astype(np.int64) for i in shuffled]
 
 
-def documents(text, eot):
-    """The documents of a Text, without their <eot>."""
-    ends = np.flatnonzero(np.asarray(text.tokens) == eot)
-    return [np.asarray(text.tokens[a:b]) for a, b in zip([0, *(ends[:-1] + 1)], ends)]
+def text_pieces(text, tokenizer, ctx, seed):
+    """Yield pieces of text after "Human:", at most ctx token ids each, that begin where a document or a
+    sentence does.
+
+    Each comes from a window of the stream of documents; the windows come in a random order, each once. If a
+    document begins in the window, the piece is its beginning. Otherwise it begins with the window's first
+    whole sentence.
+    """
+    for start in lm_windows(text, min(ctx, len(text.tokens) - 1), seed, epoch=0).tolist():
+        window = np.asarray(text.tokens[start:start + 2 * ctx])
+        ends = np.flatnonzero(window == tokenizer.eot)
+        if len(ends) and ends[0] < min(ctx, len(window) - 1):
+            document = window[ends[0] + 1:]
+            string = tokenizer.decode(document[:ends[1] - ends[0] - 1] if len(ends) > 1 else document)
+        else:
+            string = tokenizer.decode(window[:ends[0]] if len(ends) else window)
+            first = SENTENCE_END.search(string)
+            string = string[first.end():] if first else ""
+        ids = tokenizer.encode(HUMAN + string.strip())[:ctx]
+        if len(ids) >= SHORTEST:
+            yield ids
 
 
-class Row:
-    """Sequences end to end, each seeing itself only, with the teacher's stored distribution for every token's successor."""
+def documents(text, tokenizer):
+    """The documents of a Text, as strings."""
+    begin = 0
+    for end in np.flatnonzero(np.asarray(text.tokens) == tokenizer.eot).tolist():
+        yield tokenizer.decode(text.tokens[begin:end])
+        begin = end + 1
 
-    def __init__(self, sequences, numbers, stored, device):
-        self.numbers, self.layout = numbers, Layout([len(x) for x in sequences], range(len(sequences)))
-        self.tokens = torch.from_numpy(np.concatenate(sequences)).to(device)  # (T,)
+
+class SequenceRow(TensorBatch):
+    """Sequences end to end, each of which sees only itself.
+
+    With a stored teacher it also has the teacher's distribution for every token's successor: `ids` (T, 50)
+    and `log_p` (T, 51).
+    """
+
+    def __init__(self, numbers, sequences, stored=None):
+        self.numbers = numbers
+        parts = [sequences[i] for i in numbers]
+        self.layout = Layout([len(x) for x in parts], range(len(parts)))  # contexts without completions
+        self.tokens = torch.from_numpy(np.concatenate(parts))  # (T,)
+        self.ids = self.log_p = None
         if stored is not None:
-            ids, log_p = zip(*(stored(i) for i in numbers))
-            self.ids = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device)  # (T, 50)
-            self.log_p = torch.from_numpy(np.concatenate(log_p).astype(np.float32)).to(device).log_softmax(-1)  # (T, 51)
+            ids, log_p = map(np.concatenate, zip(*map(stored, numbers)))
+            self.ids = torch.from_numpy(ids.astype(np.int64))
+            # They were stored in half precision, so they no longer sum to 1 exactly.
+            self.log_p = torch.from_numpy(log_p.astype(np.float32)).log_softmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The teacher
 
 
-def store_teacher(teacher, folder, prefix, prompt, sequences, at_once, ranks):
-    """A function number -> (ids (t, 50), log-probs (t, 51)) that reads the teacher's cache, made here where it is missing.
+def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, ranks):
+    """Compute the teacher's distributions once, or find them in the cache.
 
-    202 or 302 bytes a token (ids of 2 or 4 bytes, fp16 log-probs). Each rank begins with another shard, so they share the work.
+    Returns a function: number of a sequence of t tokens -> (ids (t, 50), log-probs (t, 51)). They take 202 or
+    302 bytes a token (ids of 2 or 4 bytes, log-probs of 2). The ranks share the work: each begins with
+    another shard.
     """
     id_type = np.uint16 if teacher.config.vocab_size <= 2**16 else np.uint32
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
-    key = content_key([folder / "model.safetensors", folder / "config.json"], prompt, str(teacher.dtype), tokens, [len(x) for x in sequences], TOP, SHARD)
+    weights = [folder / "model.safetensors", folder / "config.json"]
+    lengths = [len(x) for x in sequences]
+    key = content_key(weights, prompt, str(teacher.dtype), tokens, lengths, TOP, SHARD)
     shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
-    offsets = np.cumsum([0] + [len(x) for x in sequences])
+    first_shard = ranks.rank * len(shards) // ranks.world
     folders = {}
-    with tqdm(total=len(sequences), desc="teacher", unit="sequence", disable=None if ranks.main() else True) as progress:
-        for n in range(len(shards)):
-            shard = (n + ranks.rank * len(shards) // ranks.world) % len(shards)
-            folders[shard] = build_once(f"teacher-{key}/{shard}", lambda place: _store(
-                place, teacher, prefix, [sequences[i] for i in shards[shard]], at_once, id_type, ranks.device))
-            progress.update(len(shards[shard]))
+    is_silent = None if ranks.main() else True  # None: where there is no terminal
+    with tqdm(total=len(sequences), desc="teacher", unit="sequence", disable=is_silent) as progress:
+        for i in range(len(shards)):
+            number = (first_shard + i) % len(shards)
+            part = [sequences[j] for j in shards[number]]
+            folders[number] = build_once(
+                f"teacher-{key}/{number}",
+                lambda place: _store(place, teacher, prefix, part, micro_tokens, id_type, ranks.device))
+            progress.update(len(part))
     size = sum(file.stat().st_size for place in folders.values() for file in place.iterdir())
-    ranks.say(f"teacher's cache: {folders[0].parent}, {size / 1e6:.1f} MB, {size / offsets[-1]:.0f} bytes a token")
-    ids = {s: np.memmap(place / "ids", id_type, "r").reshape(-1, TOP) for s, place in folders.items()}
-    log_p = {s: np.memmap(place / "log_p", np.float16, "r").reshape(-1, TOP + 1) for s, place in folders.items()}
+    ranks.say(f"teacher's cache: {folders[0].parent}, {size / 1e6:.1f} MB, {size / sum(lengths):.0f} bytes "
+              "a token")
+    ids, log_p = {}, {}
+    for i, place in folders.items():
+        ids[i] = np.memmap(place / "ids", id_type, "r").reshape(-1, TOP)
+        log_p[i] = np.memmap(place / "log_p", np.float16, "r").reshape(-1, TOP + 1)
+    begins = np.cumsum([0, *lengths])
 
     def stored(number):
         shard = number // SHARD
-        a, b = offsets[number] - offsets[shard * SHARD], offsets[number + 1] - offsets[shard * SHARD]
-        return ids[shard][a:b], log_p[shard][a:b]
+        rows = slice(*(begins[[number, number + 1]] - begins[shard * SHARD]))
+        return ids[shard][rows], log_p[shard][rows]
     return stored
 
 
 @torch.no_grad()
-def _store(place, teacher, prefix, sequences, at_once, id_type, device):
-    top, likely = [None] * len(sequences), [None] * len(sequences)
-    for numbers in pack([len(x) for x in sequences], at_once):
-        row = Row([sequences[i] for i in numbers], numbers, None, device)
-        ids, log_p = zip(*(top_classes(teacher.logits(part)) for part in teacher(row.tokens, row.layout, prefix).split(1024)))
+def _store(place, teacher, prefix, sequences, micro_tokens, id_type, device):
+    """Write the teacher's distributions of some sequences into a folder, in their order."""
+    stored = [None] * len(sequences)
+    for numbers in pack([len(x) for x in sequences], micro_tokens):
+        row = SequenceRow(numbers, sequences).to(device)
+        hidden = teacher(row.tokens, row.layout, prefix)
+        classes = [top_classes(teacher.logits(part)) for part in hidden.split(1024)]
+        ids, log_p = (torch.cat(x).cpu() for x in zip(*classes))
         sizes = [len(sequences[i]) for i in numbers]
-        for i, own_ids, own_log_p in zip(numbers, torch.cat(ids).split(sizes), torch.cat(log_p).split(sizes)):
-            top[i], likely[i] = own_ids.cpu().numpy().astype(id_type), own_log_p.cpu().numpy().astype(np.float16)
-    np.concatenate(top).tofile(place / "ids")
-    np.concatenate(likely).tofile(place / "log_p")
+        for i, *distribution in zip(numbers, ids.split(sizes), log_p.split(sizes)):
+            stored[i] = distribution
+    np.concatenate([ids.numpy().astype(id_type) for ids, _ in stored]).tofile(place / "ids")
+    np.concatenate([log_p.numpy().astype(np.float16) for _, log_p in stored]).tofile(place / "log_p")
 
 
 def top_classes(logits):
-    """The 50 likeliest tokens and all others together: logits (N, V) -> (ids (N, 50), log-probs (N, 51))."""
+    """The 50 likeliest tokens, and all others together: logits (N, V) -> (ids (N, 50), log-probs (N, 51))."""
     log_p = logits.float().log_softmax(-1)
     top, ids = log_p.topk(TOP)
-    return ids, torch.cat([top, rest_of(log_p, ids).clamp(min=-1e4)], 1)  # finite in fp16
+    rest = rest_of(log_p, ids).clamp(min=-1e4)  # half precision ends at -65,504
+    return ids, torch.cat([top, rest], 1)
 
 
 def rest_of(log_p, ids):
-    """Log of the probability that is not at `ids`: log_p (N, V), ids (N, k) -> (N, 1)."""
+    """The log of the probability that is not at `ids`: log_p (N, V), ids (N, k) -> (N, 1)."""
     return log_p.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The losses
 
 
 def top_kl(model, hidden, ids, log_p):
-    """KL over 51 classes. hidden (N, d) of the student, ids (N, 50) and log_p (N, 51) of the teacher -> (sum, losses (N,)) in nats."""
+    """KL over 51 classes, in nats: hidden (N, d) of the student, ids (N, 50) and log_p (N, 51) of the
+    teacher.
+
+    Returns (sum, losses (N,)).
+    """
     def row_loss(logits, rows, need_gradient):
         loss, gradient = top_kl_of(logits, ids[rows], log_p[rows])
         return loss, gradient.to(logits.dtype) if need_gradient else None
@@ -240,7 +336,8 @@ def top_kl(model, hidden, ids, log_p):
 
 
 def full_kl(model, hidden, teacher, taught):
-    """KL over the whole vocabulary. hidden, taught (N, d): final hidden states of student and teacher -> as top_kl."""
+    """KL over the whole vocabulary: hidden and taught (N, d), final hidden states of student and teacher.
+    Returns (sum, losses (N,)) in nats."""
     def row_loss(logits, rows, need_gradient):
         loss, gradient = full_kl_of(logits, teacher.logits(taught[rows]))
         return loss, gradient.to(logits.dtype) if need_gradient else None
@@ -248,32 +345,32 @@ def full_kl(model, hidden, teacher, taught):
 
 
 def top_kl_of(logits, ids, log_p):
-    """(KL (N,), its gradient by the logits (N, V)) of the 51 classes; logits (N, V) of the student.
+    """(KL (N,), its gradient by the logits (N, V)) over the 51 classes; logits (N, V) of the student.
 
-    A class's share of the gradient goes to its tokens by their probability: q - p at the 50, q (1 - p_rest / q_rest) elsewhere.
+    With q the student's softmax, the loss is the sum of p (log p - log q) over the classes, where q of the
+    51st class is the sum of q over all other tokens. The derivative of -log q of one class by the logits is
+    q, minus 1 at the class's token. For the class of all others it is q - q / q_rest at each of its tokens.
+    Together, as the p sum to 1: q - p at the 50, and q (1 - p_rest / q_rest) elsewhere.
     """
-    log_q = exact(logits).log_softmax(-1)
+    log_q = at_least_fp32(logits).log_softmax(-1)
     top, rest = log_q.gather(1, ids), rest_of(log_q, ids)
     p = log_p.exp()
     loss = (p * (log_p - torch.cat([top, rest], 1))).sum(1)
-    gradient = log_q.exp_() * (1 - (log_p[:, -1:] - rest).exp())
+    q = log_q.exp_()  # in place, as log_q is not needed any more
+    gradient = q * (1 - (log_p[:, -1:] - rest).exp())
     return loss, gradient.scatter_(1, ids, (top.exp() - p[:, :-1]).to(gradient.dtype))
 
 
 def full_kl_of(logits, teacher_logits):
-    """(KL (N,), its gradient by the logits (N, V)) of the whole vocabulary; logits and teacher_logits (N, V)."""
-    log_q, log_p = exact(logits).log_softmax(-1), exact(teacher_logits).log_softmax(-1)
+    """(KL (N,), its gradient by the logits (N, V)) over the whole vocabulary; logits and teacher_logits (N,
+    V)."""
+    log_q, log_p = at_least_fp32(logits).log_softmax(-1), at_least_fp32(teacher_logits).log_softmax(-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).sum(1), log_q.exp_().sub_(p)
+    return (p * (log_p - log_q)).sum(1), log_q.exp() - p
 
 
-def exact(logits):
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _sum(loss):
-    total, losses = loss
-    return total, len(losses)
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
-import trainer
+import plan
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, run_main
@@ -56,20 +56,20 @@ def parse_args():
     for name, help in (("humaneval", "functions from their docstrings"), ("mbpp", "functions from a sentence and an assertion"), ("quixbugs", "functions with a bug to mend")):
         own = add(name, code, f"{help}; pass@k in a sandbox", "!the published file (of QuixBugs its folder)")
         add_sampling_flags(own, n=10, max_new=300, temperature=0.6, top_p=0.95)
-        own.add_argument("--k", type=trainer.positive(int), nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
+        own.add_argument("--k", type=plan.positive(int), nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
         own.add_argument("--format", choices=("plain", "prompt"), help="how a problem is put: the function's beginning as it stands, or the paper's dialogue "
                          "(default: plain; prompt where --prompt is given)")
-        own.add_argument("--problems", type=trainer.positive(int), help="only the first so many problems (default: all)")
+        own.add_argument("--problems", type=plan.positive(int), help="only the first so many problems (default: all)")
     own = add("toxicity", toxic, "toxicity of continuations", "!prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), {\"text\"} lines, or "
               ".txt with one a line")
     add_sampling_flags(own, n=25, max_new=20, temperature=1.0, top_p=0.9)
     own.add_argument("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity (default: Detoxify, if installed)")
-    own.add_argument("--prompts", type=trainer.positive(int), help="only the first so many prompts (default: all)")
+    own.add_argument("--prompts", type=plan.positive(int), help="only the first so many prompts (default: all)")
     own = add("sample", draw, "continuations of contexts, for elo, re-ranking and people", "comparison files, whose contexts are continued, or toy (default: toy)", "the samples")
     add_sampling_flags(own, n=1, max_new=256, temperature=1.0, top_p=0.95)
-    own.add_argument("--contexts", type=trainer.positive(int), help="only the first so many (default: all)")
+    own.add_argument("--contexts", type=plan.positive(int), help="only the first so many (default: all)")
     own = add("rerank", best_of, "accuracy@k: is the best-scored of k samples right?", "!comparison files, a problem's samples scored 1 where right and 0 where wrong")
-    own.add_argument("--k", type=trainer.positive(int), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100], help="accuracy@k for these k, as far as the samples go "
+    own.add_argument("--k", type=plan.positive(int), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100], help="accuracy@k for these k, as far as the samples go "
                      "(default: 1 2 4 … 100)")
     for own in (own, benchmarks.choices["pm"]):
         own.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
@@ -80,8 +80,8 @@ def parse_args():
     own.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
     own.add_argument("--samples", nargs="+", metavar="FILE", help="for --judge: one file of each player, as `evaluate.py sample --out` writes it")
     own.add_argument("--names", nargs="+", help="names of the players, in the order of --samples (default: their files' names)")
-    own.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the bootstrap (default: %(default)s)")
-    trainer.add_device_flags(own)
+    own.add_argument("--seed", type=plan.between(int, 0, 2**32), default=0, help="of the bootstrap (default: %(default)s)")
+    plan.add_device_flags(own)
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import trainer
+import plan
 from data import toy
 from data.toy import synthetic
 from data.errors import InputError, run_main
@@ -386,12 +386,12 @@ def parse_args():
                         "hours on a CPU; gpu: the same, 13M to 810M, a GPU; paper: print the commands for 13m to 52b with GPUs, memory and hours, and run nothing")
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="claims to test, or core for the first five (default: all)")
     parser.add_argument("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
-    parser.add_argument("--seeds", type=trainer.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
+    parser.add_argument("--seeds", type=plan.positive(int), default=3, help="seeds, 0 and up, of every run (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help="model sizes, the main one last, as model.py names them (default: the scale's)")
     parser.add_argument("--data", metavar="DIR", help="for small and gpu: folder of the published files")
     parser.add_argument("--lm", metavar="DIR", help="for small and gpu: a language model to start from, instead of training one of each size on DIR/text")
     parser.add_argument("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET", help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
-    parser.add_argument("--jobs", type=trainer.positive(int), help="runs at a time (default: one for each GPU or core)")
+    parser.add_argument("--jobs", type=plan.positive(int), help="runs at a time (default: one for each GPU or core)")
     parser.add_argument("--launch", default="", metavar="COMMAND", help='how to start a script, such as "torchrun --nproc_per_node 8", or a template such as "srun --gpus 1 {command}"')
     parser.add_argument("--dry_run", action="store_true", help="list the runs with their estimated time, and run nothing")
     args = parser.parse_intermixed_args()

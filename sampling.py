@@ -37,7 +37,7 @@ def stream(model, prompts, n=1, seeds=None, max_new=256, temperature=1.0, top_p=
     Nothing is padded: the prompts are read as far as the shortest goes, and then all go on token by token, the longer ones
     with their own. So prompts of about one length belong together.
     """
-    device, before = model.unembedding.device, prefix.start + prefix.length if prefix else 0
+    device, before = model.unembedding.device, prefix.prefix_tokens + prefix.length if prefix else 0
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     room = (model.config.ctx - before - lengths).clamp(max=max_new)
     if lengths.min() == 0 or room.min() <= 0:
@@ -63,7 +63,7 @@ def stream(model, prompts, n=1, seeds=None, max_new=256, temperature=1.0, top_p=
         if not running.all():  # finished samples cost nothing more
             alive = running.nonzero().squeeze(1)
             rows, tokens = rows[alive], tokens[alive]
-            cache.keep(alive)
+            cache.select(alive)
         last = model(tokens[:, None], cache=cache)[:, -1]
 
 
@@ -78,7 +78,7 @@ def begin(model, prompts, n, room, prefix):
     cache = prefix.fork(len(prompts), room) if prefix else Cache(room, len(prompts))
     last = model(first, cache=cache)[:, -1]
     rows = torch.arange(len(prompts), device=first.device).repeat_interleave(n)
-    cache.keep(rows)
+    cache.select(rows)
     return cache, last[rows], shortest
 
 

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 import checkpoint
-import trainer
+import plan
 from data import toy
 from data.toy import sources as toy_sources
 from data.errors import InputError
@@ -61,7 +61,7 @@ class Lab:
 
     def rate(self, size):
         """A tenth of the language model's learning rate, which is train_lm.py's default."""
-        return f"{trainer.lm_rate(SIZES[size][1]) / 10:.3g}"
+        return f"{plan.lm_rate(SIZES[size][1]) / 10:.3g}"
 
     def train_pm(self, size, init, seed, *flags, held_out, comparisons):
         """A preference model, or an imitation, trained on about so many comparisons."""

@@ -226,7 +226,7 @@ def last_word(paths, subject):
 
 def word_scores(model, hidden, row):
     """(sum of the log-probs of a completion's tokens, 1 if each is the likeliest one else 0): (K, 2)."""
-    source, target, completion = pm.own_tokens(row)
+    source, target, completion = row.source, row.target, row.predicted
     guess = torch.cat([model.logits(part).argmax(-1) for part in hidden[source].split(1024)])
     wrong = torch.zeros(len(row.ends), device=hidden.device).index_add_(0, completion, (guess != row.tokens[target]).float())
     return torch.stack([pm.completion_scores(model, hidden, row, "sum"), (wrong == 0).float()], 1)

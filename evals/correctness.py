@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import checkpoint
-import trainer
+import plan
 from data.errors import InputError
 from data.files import read_records
 from evals import code
@@ -48,12 +48,12 @@ def add_flags(parser):
     parser.add_argument("--prompt", metavar="FILE", help="prompt to set before everything the model reads (default: none)")
     parser.add_argument("--format", choices=tuple(code.STOPS), default="plain", help="context: the function's beginning as it stands, or the paper's dialogue "
                         "(default: plain)")
-    parser.add_argument("--timeout", type=trainer.positive(float), default=5.0, help="seconds a program may take (default: 5)")
+    parser.add_argument("--timeout", type=plan.positive(float), default=5.0, help="seconds a program may take (default: 5)")
     parser.add_argument("--keep_all", action="store_true", help="keep functions without a pair, blank and repeated samples: all --n as drawn, "
                         "as `evaluate.py rerank` needs them")
     parser.set_defaults(prompt_tokens=None)
     add_sampling_flags(parser, n=8, max_new=300, temperature=0.6, top_p=0.95)
-    trainer.add_device_flags(parser)
+    plan.add_device_flags(parser)
 
 
 def find_raw(paths):

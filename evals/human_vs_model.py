@@ -6,7 +6,7 @@ them in quality rather than in kind. Preference models pre-trained on such pairs
 import numpy as np
 
 import checkpoint
-import trainer
+import plan
 from data import toy
 from data.comparisons import parse
 from data.errors import InputError
@@ -18,7 +18,7 @@ from evals.subject import add_model_flags, add_sampling_flags, load_subject, sam
 def add_flags(parser):
     add_model_flags(parser)
     add_sampling_flags(parser, n=1, max_new=256, temperature=1.0, top_p=0.95)
-    parser.add_argument("--contexts", type=trainer.positive(int), help="only the first so many comparisons (default: all)")
+    parser.add_argument("--contexts", type=plan.positive(int), help="only the first so many comparisons (default: all)")
 
 
 def find_raw(paths):

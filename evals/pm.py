@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.packing import make_row, pack
+from data.packing import RowFormat, make_row, pack, packed_lengths
 
 SCORES = ("reward", "mean", "sum")
 
@@ -19,18 +19,10 @@ def completion_scores(model, hidden, row, how):
     given its context, in nats. <eoc> is not counted there: a plain language model has never seen it.
     """
     if how == "reward":
-        return model.rewards(row.at_ends(hidden))
-    source, target, completion = own_tokens(row)
-    _, losses = model.token_losses(hidden[source], row.tokens[target])
-    total = torch.zeros(len(row.ends), dtype=losses.dtype, device=losses.device).index_add_(0, completion, -losses)
+        return model.rewards(hidden)
+    _, losses = model.token_losses(hidden[row.source], row.tokens[row.target])
+    total = torch.zeros(len(row.ends), dtype=losses.dtype, device=losses.device).index_add_(0, row.predicted, -losses)
     return total / (row.ends - row.starts).clamp(min=1) if how == "mean" else total
-
-
-def own_tokens(row):
-    """(source, target, completion) of a packed row's completion tokens without <eoc>."""
-    source, target, completion = row.completion_tokens()
-    keep = target != row.ends[completion]
-    return source[keep], target[keep], completion[keep]
 
 
 @torch.no_grad()
@@ -50,13 +42,13 @@ def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, inste
         found = dict(zip(distinct, np.concatenate(scores)))
         return [np.array([found[ids.tobytes()] for ids in row]) for row in texts]
     scores = [None] * len(examples)
-    whole = [None] * len(examples)
-    lengths = data.packed_lengths(examples, whole, ctx)
+    row_format = RowFormat(ctx, tokenizer, eoc)
+    lengths = packed_lengths(data, examples, row_format)
     for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], whole[:len(numbers)], ctx, tokenizer, eoc).to(device)
+        row = make_row(data, examples[numbers], row_format, predict=None if how == "reward" else "all").to(device)
         hidden = model(row.tokens, row.layout, prefix, only_ends=how == "reward")
         values = how(model, hidden, row) if callable(how) else completion_scores(model, hidden, row, how)
-        values = values.double().cpu().numpy()
+        values = values.cpu().double().numpy()
         owner = row.owner.cpu().numpy()
         for j, number in enumerate(numbers):
             scores[number] = values[owner == j]
@@ -75,8 +67,8 @@ class Texts:
     def scores(self, i):
         return np.zeros(1)
 
-    def packed_lengths(self, examples, chosen, ctx, **form):
-        return [min(ctx, sum(map(len, self.parts[i])) + 2) for i in examples]
+    def lengths(self, i):
+        return np.array([len(part) for part in self.parts[i]])
 
 
 def pairs_of(truth):

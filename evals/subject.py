@@ -7,13 +7,14 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import trainer
+import plan
 from data.errors import InputError
 from data.files import file_digest
 from data.prompts import NAMES, STOPS, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
 from model import Cache, GPT, read
+from ranks import pick_dtype, start
 from sampling import stream
 
 
@@ -65,18 +66,17 @@ def add_model_flags(parser):
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--prompt", metavar="FILE", help=f"prompt to set before everything: a text file in the paper's format, or {', '.join(NAMES)} "
                         "(default: none)")
-    parser.add_argument("--prompt_tokens", type=trainer.positive(int), metavar="N", help="keep the prompt's preamble and the last conversations that fit in N tokens")
-    parser.add_argument("--ctx", type=trainer.positive(int), help="tokens the prompt, a context and one completion may take together; longer contexts are cut on "
+    parser.add_argument("--prompt_tokens", type=plan.positive(int), metavar="N", help="keep the prompt's preamble and the last conversations that fit in N tokens")
+    parser.add_argument("--ctx", type=plan.positive(int), help="tokens the prompt, a context and one completion may take together; longer contexts are cut on "
                         "the left (default: the model's)")
-    trainer.add_device_flags(parser)
+    plan.add_device_flags(parser)
 
 
 def load_frozen(args, folder, load=checkpoint.load):
     """(model, tokenizer, meta, device): the checkpoint in a folder, to be read only, on the device and in the precision that the flags say."""
-    device = trainer.start(args.device).device
+    device = start(args.device).device
     model, tokenizer, meta = load(folder)
-    model.dtype = trainer.pick_dtype(args.dtype, device)
-    return model.to(device).eval().requires_grad_(False), tokenizer, meta, device
+    return model.to(device).freeze(pick_dtype(args.dtype, device)), tokenizer, meta, device
 
 
 def load_subject(args, load=checkpoint.load):
@@ -87,11 +87,11 @@ def load_subject(args, load=checkpoint.load):
     model, tokenizer, meta, device = load_frozen(args, args.model, load)
     ctx = model.config.ctx = getattr(args, "ctx", None) or model.config.ctx
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
-    left = ctx - (prefix.start if prefix else 0)
+    left = ctx - (prefix.prefix_tokens if prefix else 0)
     if getattr(args, "max_new", 0) > left // 2:
         args.max_new = left // 2
         print(f"note: samples end after {args.max_new} tokens, half of what there is room for")
-    return Subject(args.model, model, tokenizer, meta, prefix, prompt, left, trainer.micro_tokens(args, model, device), device)
+    return Subject(args.model, model, tokenizer, meta, prefix, prompt, left, plan.micro_tokens(args, model, device), device)
 
 
 def read_prompt(model, tokenizer, ctx, name, n_tokens=None):
@@ -104,7 +104,7 @@ def read_prompt(model, tokenizer, ctx, name, n_tokens=None):
     if len(ids) > ctx - 8:
         raise InputError(f"--prompt {name}: its {len(ids)} tokens leave no room in a context of {ctx}; "
                          "give --prompt_tokens N, or a model of a larger context")
-    return text, read(model, ids)[0].fork(1, 0)
+    return text, read(model, ids)[0].as_prefix()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def reward_function(folder, args):
     model, tokenizer, meta, device = load_frozen(args, folder)
     if meta["kind"] != "pm":
         raise InputError(f"{folder}: a language model, but a preference model is needed here")
-    ctx, at_once = model.config.ctx, trainer.micro_tokens(args, model, device)
+    ctx, at_once = model.config.ctx, plan.micro_tokens(args, model, device)
 
     def rewards(contexts, texts):
         clean = lambda text: tokenizer.encode(text.replace("<eot>", "").replace("<eoc>", ""))
@@ -131,12 +131,12 @@ def reward_function(folder, args):
 
 
 def add_sampling_flags(parser, n, max_new, temperature, top_p):
-    parser.add_argument("--n", type=trainer.positive(int), default=n, help="samples for each prompt (default: %(default)s)")
-    parser.add_argument("--max_new", type=trainer.positive(int), default=max_new, help="tokens a sample has at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=trainer.between(float, 0, 100), default=temperature, help="0 takes the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_p", type=trainer.between(float, 0, 1), default=top_p, help="sample from the likeliest tokens of this probability together "
+    parser.add_argument("--n", type=plan.positive(int), default=n, help="samples for each prompt (default: %(default)s)")
+    parser.add_argument("--max_new", type=plan.positive(int), default=max_new, help="tokens a sample has at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=plan.between(float, 0, 100), default=temperature, help="0 takes the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_p", type=plan.between(float, 0, 1), default=top_p, help="sample from the likeliest tokens of this probability together "
                         "(default: %(default)s)")
-    parser.add_argument("--seed", type=trainer.between(int, 0, 2**32), default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--seed", type=plan.between(int, 0, 2**32), default=0, help="of the samples (default: %(default)s)")
 
 
 def samples(subject, texts, args, stops=None, unit="prompt"):

@@ -1,7 +1,7 @@
 """Toxicity of a model's continuations (Section 2 of the paper): mean, share above 0.5, and the expected maximum of n."""
 import numpy as np
 
-import trainer
+from ranks import start
 from data.errors import InputError
 from data.files import PACKED, read_lines, read_records
 from data.text import find_special
@@ -16,7 +16,7 @@ def scorer(args):
             from detoxify import Detoxify
         except ImportError:
             raise InputError("no classifier: pip install detoxify, or give a binary preference model of ours with --scorer DIR") from None
-        classifier = Detoxify("original", device=trainer.start(args.device).device.type)
+        classifier = Detoxify("original", device=start(args.device).device.type)
         return lambda contexts, texts: np.concatenate([classifier.predict(texts[i:i + 256])["toxicity"] for i in range(0, len(texts), 256)])
     rewards, meta = reward_function(args.scorer, args)
     if meta["objective"] != "binary":

@@ -1,11 +1,18 @@
-"""The model's ways of computing one thing are equal: causal, packed and cached; in fp64 to 1e-12, gradients too."""
+"""The model's ways of computing one thing are equal: causal, packed and cached, by attention's definition and by each
+faster way; in fp64 to 1e-12, gradients too."""
+import importlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import attention
 import model as model_module
-from model import Cache, Config, GPT, Layout, read
+from data.packing import Layout
+from model import Cache, Config, GPT, read
 
 
 def make_model(value_head=False, vocab=101, ctx=2048, tied=True, **shape):
@@ -74,18 +81,35 @@ def same(a, b):
     assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
 
 
-def test_causal_equals_the_naive_transformer():
+@pytest.fixture(params=["plain", "fast"])
+def way(request, monkeypatch):
+    """Attention by its definition, and by attention.py."""
+    monkeypatch.setattr(GPT, "plain", request.param == "plain", raising=False)
+    make = GPT.__init__
+
+    def init(self, config):
+        make(self, config)
+        self.plain = request.param == "plain"
+    monkeypatch.setattr(GPT, "__init__", init)
+    return request.param
+
+
+def test_causal_equals_the_naive_transformer(way):
     model, tokens = make_model(), torch.randint(101, (3, 300), generator=torch.Generator().manual_seed(0))
-    same(model(tokens), torch.stack([naive(model, row) for row in tokens]))
+    together = model(tokens)
+    alone = torch.stack([naive(model, row) for row in tokens])
+    same(together, alone)
+    parameters = list(model.parameters())
+    weight = torch.randn(together.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for got, expected in zip(torch.autograd.grad((together * weight).sum(), parameters), torch.autograd.grad((alone * weight).sum(), parameters)):
+        same(got, expected)
 
 
-@pytest.mark.parametrize("short", [False, True])  # tiles, or a block for each comparison
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, short, monkeypatch):
+def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, way):
     model, comparisons = make_model(value_head=True), CASES[case]
     tokens, layout = packed(comparisons)
-    monkeypatch.setattr(layout, "is_short", lambda: short)
     ends = [layout.starts[i + 1] - 1 for i, p in enumerate(layout.parents) if p != i]
     hidden = model(tokens, layout, only_ends=only_ends)
     together = model.rewards(hidden if only_ends else hidden[ends])
@@ -97,33 +121,66 @@ def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, s
         same(got, expected)
 
 
-def test_short_comparisons_stand_side_by_side():
-    assert packed(CASES["two each"])[1].is_short() and not packed(LONG)[1].is_short() and not packed(CASES["long between short"])[1].is_short()
+def test_without_attention_py_everything_works_by_the_definition():
+    """The file may be deleted: model.py imports, computes the same and trains."""
+    code = ("import sys; sys.modules['attention'] = None\nimport torch, model\n"
+            "net = model.GPT(model.Config(2, 32, 2, 101, 64)).init_weights(0)\nassert net.plain and model.fast_attention is None\n"
+            "net(torch.arange(50)[None]).sum().backward()\nprint(net(torch.arange(50)[None]).detach().double().sum().item())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=model_module.__file__.rsplit("/", 1)[0])
+    net = GPT(Config(2, 32, 2, 101, 64)).init_weights(0)
+    assert done.returncode == 0, done.stderr
+    assert not net.plain and float(done.stdout) == pytest.approx(net(torch.arange(50)[None]).detach().double().sum().item(), abs=1e-3)
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), return_aux=None):
+    """torch's variable-length attention runs on CUDA only. This stand-in with its contract shows what it is given."""
+    assert window_size in ((-1, 0), (-1, -1)) and cu_q.dtype == cu_k.dtype == torch.int32
+    out, lse = [], []
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+        assert b - a <= max_q and d - c <= max_k
+        mask = torch.ones(b - a, d - c, dtype=torch.bool)
+        mask = mask.tril(d - c - (b - a)) if window_size == (-1, 0) else mask  # causal is aligned to the last key
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~mask, -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:d]))
+        lse.append(scores.logsumexp(-1))
+    return (torch.cat(out), torch.cat(lse, 1)) if return_aux else torch.cat(out)
+
+
+@pytest.fixture
+def cuda_way(monkeypatch):
+    """The computation of packed rows on CUDA, with a stand-in for its kernel."""
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(attention, "CAUSAL", {"window_size": (-1, 0)}, raising=False)
+    monkeypatch.setattr(attention, "AuxRequest", dict, raising=False)
+    monkeypatch.setattr(attention, "has_varlen", lambda q: True)
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_path_reads_the_same_keys(case, only_ends, monkeypatch):
-    """Variable-length attention runs on CUDA only; here a plain stand-in with its contract shows that what we give it is right."""
-    def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
-        assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
-        out = []
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
-            assert b - a <= max_q and d - c <= max_k
-            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned to the last key
-            parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-            out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1))
-        return torch.cat(out)
+def test_cuda_path_reads_the_same_keys(case, only_ends, cuda_way):
     model = make_model()
     tokens, layout = packed(CASES[case])
-    expected = model(tokens, layout, only_ends=only_ends)
-    monkeypatch.setattr(model_module, "varlen_attn", plain)
-    monkeypatch.setattr(model_module, "use_varlen", lambda q: True)
-    same(model(tokens, layout, only_ends=only_ends), expected)
+    got = model(tokens, layout, only_ends=only_ends)
+    model.plain = True
+    same(got, model(tokens, layout, only_ends=only_ends))
+
+
+@pytest.mark.parametrize("only_ends", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_path_behind_a_prompt_merges_two_attentions(case, only_ends, cuda_way):
+    model = make_model()
+    tokens, layout = packed(CASES[case])
+    prompt = torch.randint(101, (150,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        prefix = read(model, prompt[90:], read(model, prompt[:90])[0])[0].as_prefix()
+        got = model(tokens, layout, prefix, only_ends)
+        model.plain = True
+        same(got, model(tokens, layout, prefix, only_ends))
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 30, (7, 1, 13, 9), (30,)])
-def test_cache_equals_causal(chunks):
+def test_cache_equals_causal(chunks, way):
     model, tokens = make_model(), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
     cache = Cache(30)
     with torch.no_grad():
@@ -131,7 +188,7 @@ def test_cache_equals_causal(chunks):
         same(out, model(tokens))
 
 
-def test_shared_prefix_equals_whole_sequences():
+def test_shared_prefix_equals_whole_sequences(way):
     model, g = make_model(), torch.Generator().manual_seed(0)
     prompt, own = torch.randint(101, (1, 40), generator=g), torch.randint(101, (3, 9), generator=g)
     whole = model(torch.cat([prompt.expand(3, -1), own], 1))[:, 40:]
@@ -140,13 +197,13 @@ def test_shared_prefix_equals_whole_sequences():
         model(prompt, cache=cache)
         cache = cache.fork(3, 9)
         parts = [model(x, cache=cache) for x in own[:, :4].split(1, 1)] + [model(own[:, 4:6], cache=cache)]
-        cache.keep(torch.tensor([0, 2]))
+        cache.select(torch.tensor([0, 2]))
         parts = [torch.cat(parts, 1)[[0, 2]], model(own[[0, 2], 6:], cache=cache)]
         same(torch.cat(parts, 1), whole[[0, 2]])
-        assert all(k.shape[1] == 40 for k, v in cache.prefix[0])  # one copy, whatever n
+        assert all(k.shape[0] == 40 for k, v in cache.prefix[0])  # one copy, whatever n
 
 
-def test_prefix_can_be_extended_and_forked_again():
+def test_prefix_can_be_extended_and_forked_again(way):
     model, tokens = make_model(), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = Cache(10)
@@ -159,20 +216,45 @@ def test_prefix_can_be_extended_and_forked_again():
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends):
+def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends, way):
     model, comparisons = make_model(), CASES[case]
     tokens, layout = packed(comparisons)
     prompt = torch.randint(101, (150,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first, _ = read(model, prompt[:90])
-        prefix = read(model, prompt[90:], first)[0].fork(1, 0)
+        prefix = read(model, prompt[90:], first)[0].as_prefix()
         for _ in range(2):  # reading changes nothing in the cache
             hidden = model(tokens, layout, prefix, only_ends)
         for i, end in enumerate(layout.ends if not only_ends else range(len(layout.ends))):
             context, completion = [(c, x) for c, xs in comparisons for x in xs][i]
             same(hidden[end], naive(model, torch.cat([prompt, context, completion]))[-1])
-        assert [part[0][0].shape[1] for part in prefix.prefix] == [90, 60]
-        assert prefix.prefix[0][0][0].data_ptr() == first.own[0].data_ptr()  # shared, not copied
+        assert [len(part[0][0]) for part in prefix.prefix] == [90, 60]
+        assert prefix.prefix[0][0][0].data_ptr() == first.stored[0].data_ptr()  # shared, not copied
+
+
+def test_a_packed_row_behind_an_unforked_cache_is_refused():
+    """It would silently be read without the prompt."""
+    model, (tokens, layout) = make_model(), packed(CASES["one"])
+    cache, _ = read(model, range(20))
+    with pytest.raises(ValueError, match="as_prefix"):
+        model(tokens, layout, cache)
+    with torch.no_grad():
+        assert (model(tokens, layout, cache.as_prefix()) - model(tokens, layout)).abs().max() > 1e-3
+
+
+def test_a_frozen_model_holds_its_matrices_in_the_type_it_computes_in():
+    model = GPT(Config(2, 64, 2, 101, 512, value_head=True, tied=False)).init_weights(0)
+    tokens, layout = packed(CASES["two each"])
+    model.dtype = torch.bfloat16
+    with torch.no_grad():
+        expected = model.rewards(model(tokens, layout, only_ends=True))
+    model.freeze(torch.bfloat16)
+    held = {name: p.dtype for name, p in model.named_parameters()}
+    assert all((dtype == torch.float32) == ("norm" in name or name == "score.weight") for name, dtype in held.items())
+    got = model.rewards(model(tokens, layout, only_ends=True))
+    assert not got.requires_grad and got.dtype == torch.float32 and (got - expected).abs().max() < 0.05 * expected.abs().max()
+    total, losses = model.token_losses(model(tokens, layout)[:-1], tokens[1:])
+    assert losses.dtype == torch.float32
 
 
 @pytest.mark.parametrize("tied", [True, False])

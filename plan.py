@@ -1,0 +1,160 @@
+"""What every training run shares before its first step: flags, default rates, memory, and the printed plan.
+"""
+import math
+
+import torch
+
+from data.errors import InputError
+from model import SIZES, Config, GPT
+from ranks import device_memory
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def positive(kind):
+    """An argparse type: an int or a float above 0."""
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"  # argparse says it in its message
+    return parse
+
+
+def between(kind, low, high):
+    """An argparse type: an int or a float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
+    return parse
+
+
+def add_device_flags(parser):
+    add = parser.add_argument
+    add("--device", default="auto",
+        help="cuda, cpu, mps, or auto, which takes a GPU if there is one (default: auto)")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+        help="precision of matrix products; losses, sums and weights that are trained are fp32 (default: "
+        "bf16 where the hardware has it)")
+    add("--micro_tokens", type=positive(int),
+        help="tokens in a micro-batch: a step is computed in parts of this size, so that it fits in memory; "
+        "it does not change the result (default: from the model's size and the memory)")
+
+
+def add_training_flags(parser, batch, batch_unit, batch_default, lr_default, schedule, warmup):
+    """The flags of every training script. batch_default and lr_default are texts that explain the defaults.
+    """
+    add = parser.add_argument
+    add("--out", required=True,
+        help="folder of the run: metrics.jsonl, checkpoints, and when done a checkpoint itself")
+    add("--batch", type=positive(int), default=batch,
+        help=f"{batch_unit} in an optimizer step, over all ranks (default: {batch_default})")
+    add("--steps", type=positive(int), help="optimizer steps (default: as many as --epochs takes)")
+    add("--epochs", type=positive(float), default=1,
+        help="passes over the training data, unless --steps is given (default: %(default)s)")
+    add("--lr", type=positive(float), help=f"peak learning rate of AdamW (default: {lr_default})")
+    add("--schedule", choices=("constant", "cosine", "linear"), default=schedule,
+        help="how the learning rate goes on after warm-up: constant, cosine to a tenth, linear to 0 "
+        "(default: %(default)s)")
+    add("--warmup", type=between(float, 0, 1), default=warmup,
+        help="part of the steps, 0 to 1, in which the learning rate rises from 0 (default: %(default)s)")
+    add("--weight_decay", type=between(float, 0, math.inf), default=0.1,
+        help="weight decay of AdamW, on matrices only (default: %(default)s)")
+    add("--clip", type=positive(float), default=1.0,
+        help="largest norm of the gradient (default: %(default)s)")
+    add("--seed", type=between(int, 0, 2**32), default=0,
+        help="decides initial weights and the order of the data (default: %(default)s)")
+    add("--compile", action="store_true",
+        help="compile the model with torch.compile: a minute at the start, faster steps after it")
+    add("--eval_every", type=between(int, 0, 2**62),
+        help="steps between evaluations, with one at the end; 0 for none at all (default: a tenth of the "
+        "run)")
+    add("--save_every", type=positive(int),
+        help="steps between checkpoints, with one at the end (default: a fifth of the run)")
+    add("--resume", action="store_true",
+        help="go on from the newest checkpoint in --out, as if never stopped: bit for bit on CPUs; on CUDA "
+        "up to the order in which flash attention's backward pass adds")
+    add_device_flags(parser)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Default learning rates
+
+
+def lm_rate(d_model):
+    """The default peak learning rate of a language model of this width (assumption: the paper states none).
+    The rates of the other stages are multiples of it."""
+    return 3e-3 * (128 / d_model) ** 0.5
+
+
+SMALL = 100e6  # parameters in the blocks
+
+
+def stage_rate(model, lm_lr, paper_scale):
+    """The default peak learning rate of a stage after language modelling.
+
+    The paper's is paper_scale times the language model's, which suits its models and the 10,000s of pairs
+    they see. At 0.01 times, a few hundred steps teach a model of less than 100M parameters nothing
+    (results/LOG.md), so these get 0.1 times (assumption).
+    """
+    return lm_lr * (max(paper_scale, 0.1) if model.n_params()[0] < SMALL else paper_scale)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+STATE_BYTES = 16  # a parameter: weight, gradient and AdamW's two averages, in fp32
+CAST_BYTES = 2  # a parameter: its copy in bf16
+
+
+def token_bytes(config):
+    """Activations that are kept for the backward pass, in bytes a token and in bf16.
+
+    A block keeps about 14 vectors of d_model numbers and 4 of d_ff, and on CPUs two times the attention
+    weights of a token, over about 512 keys at most.
+    """
+    weights = 2 * config.n_head * min(config.ctx, 512)
+    return config.n_layer * 2 * (14 * config.d_model + 4 * config.d_ff + weights)
+
+
+def micro_tokens(args, model, device):
+    """Tokens in a micro-batch: --micro_tokens, or what a third of the free memory holds, from 256 to 65,536.
+    """
+    if args.micro_tokens:
+        return args.micro_tokens
+    free = device_memory(device) - (STATE_BYTES + CAST_BYTES) * model.n_params()[1]
+    fitting = free / 3 / token_bytes(model.config)
+    return int(min(max(fitting, 256), 8192 if device.type == "cpu" else 65536))
+
+
+def fresh_model(args, tokenizer, ctx, device, value_head=False):
+    """A model of --size with weights drawn from --seed. Raises InputError if training it cannot fit in this
+    machine."""
+    config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
+    with torch.device("meta"):
+        model = GPT(config)
+    need, have = STATE_BYTES * model.n_params()[1], device_memory(device)
+    if need > have:  # otherwise the system would kill this process, or another one
+        raise InputError(f"--size {args.size}: weights, gradients and optimizer take {need / 2**30:,.0f} "
+                         f"GiB, and this {device.type} has {have / 2**30:,.0f}; give a smaller --size")
+    return model.to_empty(device="cpu").init_weights(args.seed)
+
+
+def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
+    """Say what is about to happen: flags, model, data (`lines`), steps, memory, and where the output goes."""
+    blocks, total = model.n_params()
+    config = model.config
+    memory = STATE_BYTES * total + CAST_BYTES * blocks + micro_tokens * token_bytes(config)
+    flags = " ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None and v is not False)
+    data = "\n".join(lines)
+    ranks.say(f"flags: {flags}\nmodel: {config.n_layer} layers x {config.d_model}, {config.n_head} heads, "
+              f"ctx {config.ctx}, vocabulary {config.vocab_size:,}; {blocks / 1e6:.2f}M parameters in the "
+              f"blocks, {total / 1e6:.2f}M in all\n{data}\nrun: {n_steps:,} steps, peak learning rate "
+              f"{lr:.3g}, on {ranks.world} x {ranks.device.type} in "
+              f"{str(model.dtype).removeprefix('torch.')}, micro-batches of {micro_tokens:,} tokens, about "
+              f"{memory / 2**30:.1f} GiB a rank\noutput: {args.out}")
