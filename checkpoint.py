@@ -1,12 +1,12 @@
 """A run's state on disk. A checkpoint is a folder that is also a Hugging Face model folder:
 
-    config.json, model.safetensors    loadable by transformers: LlamaForCausalLM, or LlamaForSequenceClassification for a PM
-    tokenizer.tiktoken                base64 token and rank on each line; <eot> and <eoc> are the two ids after the last
+    config.json, model.safetensors    for transformers a LlamaForCausalLM, or a LlamaForSequenceClassification
+    tokenizer.tiktoken                each token in base64, and its rank; <eot> and <eoc> are the two next ids
     meta.json                         kind, objective, step, flags, metrics, what it was trained on, versions
     train_state.pt                    optimizer state, for --resume
 
-A run writes OUT/step-N beside its place and renames it in, once, so a crash at any moment leaves the last good one. When
-the run is done its files become OUT's own.
+A run writes its files into OUT/partial, and then renames this folder to OUT/step-N. So a crash at any moment
+leaves the last good checkpoint. When the run is done, the newest checkpoint's files become OUT's own.
 """
 import json
 import os
@@ -24,22 +24,28 @@ from data.files import write_file
 from data.tokenizer import Tokenizer
 from model import GPT, Config
 
-FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "train_state.pt", "meta.json")  # meta.json last: it ends a copy
+# meta.json is the last to be copied: a folder that has it is complete
+FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "train_state.pt", "meta.json")
 
 
 def hf_config(config, eot):
-    """A Config in the words of transformers' LlamaConfig."""
-    head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"},
-            "label2id": {"reward": 0}} if config.value_head else {"architectures": ["LlamaForCausalLM"]}
+    """A Config as transformers' LlamaConfig writes it."""
+    if config.value_head:
+        head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1,
+                "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    else:
+        head = {"architectures": ["LlamaForCausalLM"]}
     return {
         **head, "model_type": "llama", "hidden_size": config.d_model, "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "num_key_value_heads": config.n_head,
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.ctx, "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": None, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": "float32"}
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head, "vocab_size": config.vocab_size, "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.ctx, "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": None, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": "float32"}
 
 
 def read_config(path):
+    """The Config in a config.json. Raises InputError for what is not a model of this project."""
     try:
         hf = json.loads(Path(path).read_text())
         config = Config(
@@ -47,18 +53,22 @@ def read_config(path):
             vocab_size=hf["vocab_size"], ctx=hf["max_position_embeddings"], tied=hf["tie_word_embeddings"],
             value_head="LlamaForSequenceClassification" in hf["architectures"], rope_theta=hf["rope_theta"],
             norm_eps=hf["rms_norm_eps"])
-        if not all(isinstance(n, int) and n > 0 for n in (config.n_layer, config.d_model, config.n_head, config.vocab_size, config.ctx)):
+        sizes = (config.n_layer, config.d_model, config.n_head, config.vocab_size, config.ctx)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError("its sizes are not all whole numbers above 0")
         if hf["intermediate_size"] != config.d_ff or hf["num_key_value_heads"] != config.n_head:
-            raise InputError(f"{path}: not a model of this project (its MLP has width {hf['intermediate_size']}, "
-                             f"{hf['num_key_value_heads']} key heads; here {config.d_ff} and {config.n_head})")
+            raise InputError(f"{path}: not a model of this project (its MLP has width "
+                             f"{hf['intermediate_size']}, {hf['num_key_value_heads']} key heads; here "
+                             f"{config.d_ff} and {config.n_head})")
         return config
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a config this project can read ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a config this project can read ({why})") from None
 
 
 def find(folder):
-    """The folder that holds the newest whole checkpoint of a run: OUT/step-N if there is one, else OUT itself."""
+    """The folder that holds the newest whole checkpoint of a run: OUT/step-N if there is one, else OUT
+    itself."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint folder")
@@ -71,10 +81,11 @@ def find(folder):
 
 
 def load(folder, value_head=None, seed=0):
-    """(model, tokenizer, meta) of a run's newest checkpoint; strict, and nothing but tensors and JSON is read.
+    """(model, tokenizer, meta) of a run's newest checkpoint. Nothing but tensors and JSON is read.
 
-    value_head: None takes the model as it is; True adds a fresh head, drawn from `seed`, to a language model; False leaves a head out.
-    Raises InputError naming the file for anything missing, damaged or of another shape.
+    value_head: None takes the model as it is. True adds a head, drawn from `seed`, to a language model. False
+    leaves a preference model's head out. Raises InputError with the file for anything missing, damaged or of
+    another shape.
     """
     folder = find(folder)
     config = read_config(folder / "config.json")
@@ -82,8 +93,8 @@ def load(folder, value_head=None, seed=0):
     meta = _read_meta(folder / "meta.json")
     path = folder / "model.safetensors"
     if tokenizer.vocab_size != config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of {config.vocab_size}: "
-                         "these two files are not of one model")
+        raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of "
+                         f"{config.vocab_size}: these two files are not of one model")
     if meta.get("tokenizer") != tokenizer.key:
         raise InputError(f"{folder}/tokenizer.tiktoken: not the tokenizer that this model was trained with")
     try:
@@ -103,7 +114,8 @@ def load(folder, value_head=None, seed=0):
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{path}: does not fit config.json: {str(error).splitlines()[1].strip()[:200]}") from None
+        why = str(error).splitlines()[1].strip()[:200]
+        raise InputError(f"{path}: does not fit config.json: {why}") from None
     return model, tokenizer, meta
 
 
@@ -129,7 +141,8 @@ def load_train_state(folder):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a different type for each way a file can be damaged
-        raise InputError(f"{path}: missing or damaged, so this run cannot go on ({str(error)[:80]})") from None
+        why = str(error)[:80]
+        raise InputError(f"{path}: missing or damaged, so this run cannot go on ({why})") from None
 
 
 def save(out, model, tokenizer, meta, train_state):
@@ -140,20 +153,21 @@ def save(out, model, tokenizer, meta, train_state):
     try:
         partial.mkdir(parents=True)
         write_file(partial / "config.json", json.dumps(hf_config(model.config, tokenizer.eot), indent=1))
-        safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors",
-                                    metadata={"format": "pt"})
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(partial)
         _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        write_file(partial / "meta.json", json.dumps({**meta, "tokenizer": tokenizer.key, "versions": versions}, indent=1))
+        meta = {**meta, "tokenizer": tokenizer.key, "versions": versions}
+        write_file(partial / "meta.json", json.dumps(meta, indent=1))
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(place, ignore_errors=True)
         os.rename(partial, place)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{out}: the checkpoint could not be written ({error}); make room and go on with --resume: "
-                         "the one before it, if any, is whole") from None
+        raise InputError(f"{out}: the checkpoint could not be written ({error}); make room and go "
+                         "on with --resume: the one before it, if any, is whole") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for path in out.glob("step-*"):
@@ -169,7 +183,8 @@ def _save_train_state(state, path):
 
 
 def finish(out):
-    """Make the newest checkpoint's files OUT's own. Until the last is in place, OUT/step-N remains what `find` returns."""
+    """Make the newest checkpoint's files OUT's own. Until the last is in place, OUT/step-N remains what
+    `find` returns."""
     out = Path(out)
     newest = find(out)
     if newest == out:
@@ -182,7 +197,8 @@ def finish(out):
         except OSError:  # a file system without hard links
             shutil.copyfile(newest / name, link)
         os.replace(link, out / name)
-        link.unlink(missing_ok=True)  # a rename between two links of one file does nothing: they are from a finish that was cut short
+        # If both were links to one file, from an earlier attempt that was cut short, the rename did nothing.
+        link.unlink(missing_ok=True)
     _remove(newest)
 
 

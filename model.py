@@ -364,10 +364,10 @@ def linear_loss(hidden, unembedding, row_loss, weight=None):
     """
     if not torch.is_grad_enabled():
         hidden, unembedding = hidden.detach(), unembedding.detach()
+    precise = torch.promote_types(hidden.dtype, torch.float32)
     if weight is None:
-        precise = torch.promote_types(hidden.dtype, torch.float32)
         weight = torch.ones(len(hidden), dtype=precise, device=hidden.device)
-    return _LinearLoss.apply(hidden, unembedding, weight, row_loss)
+    return _LinearLoss.apply(hidden, unembedding, weight.to(precise), row_loss)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -160,6 +160,10 @@ def main():
     def where(row):
         return ", ".join(data.where(i) for i in row.examples)
 
+    n_shortened = (np.diff(data.first)[train] - 1 > (args.max_completions or math.inf)).sum()
+    if n_shortened:
+        ranks.say(f"{n_shortened} comparisons have more than --max_completions {args.max_completions}; of each so many "
+                  "are laid out")
     mean_length, longest, longest_kept, longest_length = measure_rows(args, data, train, row_format)
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.text import load_text
 from evals import pm
-from model import Layout
+from data.packing import Layout
 
 MAX_TOKENS = 2_000_000  # scored at most, evenly spread windows
 

@@ -1,14 +1,18 @@
 """Context distillation: the losses against autograd in fp64, the teacher's cache, and the script."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import losses, make_texts, metrics, run, run_well, write_jsonl
+from conftest import DATA, losses, make_texts, metrics, run, run_well, write_jsonl
 
 import checkpoint
 import distill
+from data.text import Text
+from data.tokenizer import get_tokenizer
 from model import linear_loss
+from ranks import Ranks
 
 
 def logits(seed, n=40, vocab=300, scale=3.0):
@@ -118,8 +122,6 @@ def test_the_cache_is_made_once_and_is_the_prompted_teachers(distilled, flags, l
 
 
 def sequences(flags, tokenizer):
-    from argparse import Namespace
-    from trainer import Ranks
     size = 192 - len(tokenizer.encode(open(flags[3]).read() + "\n\n-----")) - 1
     return distill.make_sequences(Namespace(sequences=96, seed=0), [flags[5]], [flags[7]], tokenizer, size, Ranks(0, 1, torch.device("cpu")))
 
@@ -130,6 +132,33 @@ def test_half_is_text_after_human_and_half_dialogue(flags, lm):
     talks = [t for t in texts if t.startswith("\n\nHuman: Say it.")]
     assert len(talks) == 48 == len(texts) - len(talks)
     assert all(t.startswith("\n\nHuman: ") and "<eot>" not in t for t in texts)
+
+
+def test_pieces_begin_where_a_document_or_a_sentence_does(flags, lm):
+    tokenizer = checkpoint.load(lm)[1]
+    documents = [json.loads(line)["text"] for line in open(flags[5])]
+    pieces = [tokenizer.decode(s).removeprefix("\n\nHuman: ") for s in sequences(flags, tokenizer)]
+    pieces = [piece for piece in pieces if not piece.startswith("Say it.")]
+    starts = {"document" if any(d.startswith(piece) for d in documents) else
+              "sentence" if any(". " + piece in d for d in documents) else piece for piece in pieces}
+    assert starts <= {"document", "sentence"} and len(set(pieces)) > 30
+    windows = Text(np.concatenate([np.append(tokenizer.encode(d), tokenizer.eot) for d in ("One here. Two there. " * 40, "Three more. " * 3)]), 2, 0)
+    cut = [tokenizer.decode(s) for s in distill.text_pieces(windows, tokenizer, 100, seed=0)]
+    assert {c[:15] for c in cut} == {"\n\nHuman: One he", "\n\nHuman: Two th", "\n\nHuman: Three "}
+
+
+def test_sequences_have_the_tokens_of_the_whole_string(tmp_path):
+    """GPT-2's tokenizer has tokens for a space and a word, and for two line ends: pieces, joined, would have others."""
+    vocabulary = DATA / "vocab" / "gpt2.tiktoken"
+    if not vocabulary.exists():
+        pytest.skip("no GPT-2 vocabulary here")
+    tokenizer = get_tokenizer(str(vocabulary))
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"It rained on day {i}. The cat waited by the door, all of it. " * 4} for i in range(50)])
+    talks = write_jsonl(tmp_path / "talks.jsonl", [{"text": f"Human: Why {i}?\n\nAssistant: Because."} for i in range(50)])
+    args = Namespace(sequences=64, seed=0)
+    for ids in distill.make_sequences(args, [texts], [talks], tokenizer, 40, Ranks(0, 1, torch.device("cpu"))):
+        text = tokenizer.decode(ids)
+        assert text.startswith("\n\nHuman: ") and ids.tolist() == tokenizer.encode(text).tolist()
 
 
 def test_online_learns_the_same(distilled, flags, tmp_path):

@@ -5,22 +5,19 @@ import torch
 from conftest import DATA, make_comparisons, write_jsonl
 
 from data.comparisons import load_comparisons
-from data.packing import balance, epoch_order, make_row, pack, step_examples
+from data.packing import RowFormat, balance, epoch_order, make_row, pack, packed_lengths, spread, step_examples, whole_lengths
 from data.tokenizer import get_tokenizer
 from evals.pm import score_all
 from test_model import make_model
 
 BYTES = get_tokenizer("bytes")
+HUNDRED = RowFormat(100, BYTES)
 
 
 def load(tmp_path, *records):
     """Records given as (context, completions, scores)."""
     records = [dict(zip(("context", "completions", "scores"), r)) for r in records]
     return load_comparisons([write_jsonl(tmp_path / "file.jsonl", records)], BYTES, quiet=True)
-
-
-def everything(data):
-    return np.arange(len(data)), [None] * len(data)
 
 
 def shown(row):
@@ -62,7 +59,7 @@ def hh():
 def test_rows_of_human_comparisons_are_full(batch):
     """At least 97 % of the row, at capacity and ctx 1024: the whole data set at once, and each full batch of 512 (PMP's)."""
     data = hh()
-    lengths = np.array(data.packed_lengths(*everything(data), 1024))[data.fits(1024)]
+    lengths = np.array(packed_lengths(data, range(len(data)), RowFormat(1024, BYTES)))[data.fits(1024)]
     assert len(lengths) > 1800 and lengths.max() <= 1024 + 600
     for step in range(len(lengths) // batch if batch else 1):
         _, examples = step_examples(len(lengths), batch or len(lengths), 0, step)
@@ -114,12 +111,12 @@ def test_fewer_examples_than_ranks_leaves_some_ranks_without():
 
 def test_a_row_is_contexts_and_completions_end_to_end(tmp_path):
     data = load(tmp_path, ("Q1", ["a", "bcd"], [0, 1]), ("Long?", ["x", "", "yz"], [2, 5, 5]))
-    row = make_row(data, np.array([1, 0]), [None, None], 100, BYTES)
+    row = make_row(data, np.array([1, 0]), HUNDRED)
     assert shown(row) == "Long?x<eoc><eoc>yz<eoc>Q1a<eoc>bcd<eoc>"
     assert row.tokens.dtype == torch.int64
     assert row.examples.tolist() == [1, 0]
     assert row.owner.tolist() == [0, 0, 0, 1, 1]
-    assert row.which.tolist() == [0, 1, 2, 0, 1]
+    assert row.completion.tolist() == [0, 1, 2, 0, 1]
     assert row.scores.tolist() == [2, 5, 5, 0, 1]
     assert row.best.tolist() == [False, True, False, False, True]  # the first of the highest score
     assert row.starts.tolist() == [5, 7, 8, 13, 15]
@@ -128,28 +125,27 @@ def test_a_row_is_contexts_and_completions_end_to_end(tmp_path):
     assert row.layout.lengths == [5, 2, 1, 3, 2, 2, 4]
     assert row.layout.parents == [0, 0, 0, 0, 4, 4, 4]
     assert row.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 5, 6, 7, 0, 1, 2, 3, 2, 3, 4, 5]
-    assert len(row.tokens) == sum(data.packed_lengths([1, 0], [None, None], 100))
+    assert len(row.tokens) == sum(packed_lengths(data, [1, 0], HUNDRED))
 
 
 def test_only_the_chosen_completions_are_laid_out(tmp_path):
     data = load(tmp_path, ("Q", ["a", "b", "c"], [1, 3, 2]), ("R", ["d"], [0]))
-    row = make_row(data, np.array([0, 1]), [[0, 2], None], 100, BYTES)
+    row = make_row(data, np.array([0, 1]), HUNDRED, [[0, 2], None])
     assert shown(row) == "Qa<eoc>c<eoc>Rd<eoc>"
-    assert (row.which.tolist(), row.scores.tolist(), row.best.tolist()) == ([0, 2, 0], [1, 2, 0], [False, True, True])
-    assert data.packed_lengths([0, 1], [[0, 2], None], 100) == [5, 3]
+    assert (row.completion.tolist(), row.scores.tolist(), row.best.tolist()) == ([0, 2, 0], [1, 2, 0], [False, True, True])
+    assert packed_lengths(data, [0, 1], HUNDRED, [[0, 2], None]) == [5, 3]
 
 
 def test_completion_tokens_are_predicted_from_what_stands_before_them(tmp_path):
     """With an empty context that is <eot>, and for a completion after the first the end of the context."""
     data = load(tmp_path, ("", ["ab", "c"], [1, 0]), ("Hi", ["", "d"], [1, 0]))
-    row = make_row(data, np.array([0, 1]), [None, None], 100, BYTES)
+    row = make_row(data, np.array([0, 1]), HUNDRED)
     assert shown(row) == "<eot>ab<eoc>c<eoc>Hi<eoc>d<eoc>"
-    source, target, completion = row.completion_tokens()
-    named = [(BYTES.decode([row.tokens[s]]), BYTES.decode([row.tokens[t]]), c)
-             for s, t, c in zip(source, target, completion.tolist())]
-    assert named == [("<eot>", "a", 0), ("a", "b", 0), ("b", "<eoc>", 0), ("<eot>", "c", 1), ("c", "<eoc>", 1),
-                     ("i", "<eoc>", 2), ("i", "d", 3), ("d", "<eoc>", 3)]
-    assert data.packed_lengths([0, 1], [None, None], 100) == [6, 5]
+    named = lambda row: [(BYTES.decode([row.tokens[s]]), BYTES.decode([row.tokens[t]]), c)
+                         for s, t, c in zip(row.source, row.target, row.predicted.tolist())]
+    assert named(row.predicting("all")) == [("<eot>", "a", 0), ("a", "b", 0), ("<eot>", "c", 1), ("i", "d", 3)]
+    assert named(row.predicting("best")) == [("<eot>", "a", 0), ("a", "b", 0), ("b", "<eoc>", 0), ("i", "<eoc>", 2)]
+    assert packed_lengths(data, [0, 1], HUNDRED) == [6, 5]
 
 
 @pytest.mark.parametrize("how", ["reward", "mean", "sum"])
@@ -169,11 +165,11 @@ def test_without_context_each_completion_has_the_score_it_has_behind_eot_and_is_
 def test_contexts_are_cut_on_the_left_and_completions_never(tmp_path, ctx, context):
     data = load(tmp_path, ("0123456789", ["abcd", "e"], [1, 0]))
     assert data.fits(ctx).all()
-    row = make_row(data, np.array([0]), [None], ctx, BYTES)
+    row = make_row(data, np.array([0]), RowFormat(ctx, BYTES))
     assert shown(row) == f"{context}abcd<eoc>e<eoc>"
     assert int(row.layout.positions.max()) < ctx
-    assert data.packed_lengths([0], [None], ctx) == [len(row.tokens)]
-    assert shown(make_row(data, np.array([0]), [[1]], ctx, BYTES)) == f"{context}e<eoc>"  # the same context for every choice
+    assert packed_lengths(data, [0], RowFormat(ctx, BYTES)) == [len(row.tokens)]
+    assert shown(make_row(data, np.array([0]), RowFormat(ctx, BYTES), [[1]])) == f"{context}e<eoc>"  # the same context for every choice
 
 
 def test_what_cannot_fit_is_known(tmp_path):
@@ -186,11 +182,11 @@ def test_what_cannot_fit_is_known(tmp_path):
 @pytest.mark.parametrize("capacity", [150, 700, 100_000])
 def test_rows_hold_every_comparison_once_whatever_the_capacity(tmp_path, capacity):
     data = load_comparisons([write_jsonl(tmp_path / "file.jsonl", make_comparisons())], BYTES, quiet=True)
-    examples, whole = everything(data)
-    lengths = data.packed_lengths(examples, whole, 120)
+    examples, row_format = np.arange(len(data)), RowFormat(120, BYTES)
+    lengths = packed_lengths(data, examples, row_format)
     texts = []
     for numbers in pack(lengths, capacity):
-        row = make_row(data, examples[numbers], whole[:len(numbers)], 120, BYTES)
+        row = make_row(data, examples[numbers], row_format)
         assert len(row.tokens) == sum(lengths[i] for i in numbers)
         for c, example in enumerate(row.examples):
             of = (row.owner == c).nonzero().squeeze(1)
@@ -198,3 +194,34 @@ def test_rows_hold_every_comparison_once_whatever_the_capacity(tmp_path, capacit
             texts.append((int(example), completions, row.scores[of].tolist()))
     expected = [(i, r["completions"], r["scores"]) for i, r in enumerate(make_comparisons())]
     assert sorted(texts) == expected
+
+
+@pytest.mark.parametrize("row_format", [RowFormat(120, BYTES), RowFormat(90, BYTES), RowFormat(120, BYTES, eoc=False),
+                                        RowFormat(120, BYTES, control=(np.array([1, 2]), np.array([3])))])
+def test_lengths_of_all_comparisons_at_once_are_those_of_each(tmp_path, row_format):
+    data = load_comparisons([write_jsonl(tmp_path / "file.jsonl", make_comparisons())], BYTES, quiet=True)
+    fitting = np.flatnonzero(data.fits(row_format.comparison_room))
+    assert len(fitting) > 10
+    expected = packed_lengths(data, fitting, row_format)
+    assert whole_lengths(data, row_format)[fitting].tolist() == expected == [
+        len(make_row(data, [i], row_format).tokens) for i in fitting]
+
+
+def test_pairs_are_those_of_different_scores_and_weigh_one_a_comparison(tmp_path):
+    data = load(tmp_path, *(("Q", ["x"] * len(scores), scores) for scores in ([2, 0, 1], [5, 5], [1, 1, 0, -4.5], [7])))
+    row = make_row(data, range(4), HUNDRED)
+    found = {(b, w): x for b, w, x in zip(row.better.tolist(), row.worse.tolist(), row.pair_weight.tolist())}
+    assert found == pytest.approx({**{pair: 1 / 3 for pair in ((0, 1), (0, 2), (2, 1))},
+                                   **{pair: 1 / 5 for pair in ((5, 7), (5, 8), (6, 7), (6, 8), (7, 8))}})
+    assert torch.bincount(row.owner[row.better], row.pair_weight, minlength=4).tolist() == pytest.approx([1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("n, most", [(10, 3), (10, 10), (10, 100), (1, 1), (0, 5), (4097, 4096)])
+def test_a_sample_is_spread_evenly(n, most):
+    sample = spread(n, most)
+    assert len(sample) <= most and (n <= most) == (list(sample) == list(range(n))) and (not n or sample[0] == 0)
+
+
+def test_contexts_that_are_cut_are_counted(tmp_path):
+    data = load(tmp_path, ("0123456789", ["abcd", "e"], [1, 0]), ("", ["abcd"], [0]), ("x" * 30, ["y"], [1]))
+    assert data.is_cut(15).tolist() == [False, False, True] and data.is_cut(14).tolist() == [True, False, True]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,17 +16,22 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import (LM_FLAGS, PM_FLAGS, ROOT, Running, alone, losses, make_comparisons, metrics, processes, run, run_well,
                       write_jsonl)
 
 import checkpoint
+import plan
 import train_pm
 import trainer
 from data.comparisons import load_comparisons
 from data.errors import InputError
-from data.packing import balance, make_row, pack
+from data.packing import RowFormat, balance, make_row, pack, packed_lengths
+from data.selection import completions_to_keep
+from data import selection
 from data.tokenizer import get_tokenizer
 from model import SIZES, Config, GPT
+from ranks import Ranks
 
 BYTES = get_tokenizer("bytes")
 
@@ -48,9 +54,11 @@ def load(tmp_path, records):
     return load_comparisons([write_jsonl(tmp_path / "file.jsonl", records)], BYTES, quiet=True)
 
 
-def row_of(data, examples=None, chosen=None):
-    examples = np.arange(len(data)) if examples is None else np.asarray(examples)
-    return make_row(data, examples, chosen or [None] * len(examples), 512, BYTES)
+FORMAT = RowFormat(512, BYTES)
+
+
+def row_of(data, examples=None, predict="best"):
+    return make_row(data, np.arange(len(data)) if examples is None else np.asarray(examples), FORMAT, predict=predict)
 
 
 def softplus(x):
@@ -64,22 +72,13 @@ def test_ranked_and_binary_loss_are_the_formulas():
     assert torch.allclose(got, torch.tensor([math.log(2), softplus(-3), softplus(3), 800.0]))
 
 
-def test_pairs_are_those_of_different_scores_and_weigh_one_a_comparison():
-    owner, scores = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3]), torch.tensor([2, 0, 1, 5, 5, 1, 1, 0, -4.5, 7])
-    better, worse, weight = train_pm.ranked_pairs(owner, scores)
-    found = {(b, w): x for b, w, x in zip(better.tolist(), worse.tolist(), weight.tolist())}
-    assert found == pytest.approx({**{pair: 1 / 3 for pair in ((0, 1), (0, 2), (2, 1))},
-                                   **{pair: 1 / 5 for pair in ((5, 7), (5, 8), (6, 7), (6, 8), (7, 8))}})
-    assert torch.bincount(owner[better], weight, minlength=4).tolist() == pytest.approx([1, 0, 1, 0])
-
-
 RECORDS = [{"context": "Which?", "completions": ["one", "the second", "3"], "scores": [0, 2, 1]},
            {"context": "", "completions": ["yes", "no"], "scores": [-1, 1]}]
 
 
 def test_ranked_loss_of_a_row_equals_the_one_by_hand(tmp_path):
     model, row = make_model(), row_of(load(tmp_path, RECORDS))
-    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout), row, "ranked")
+    total, count, figures = train_pm.comparison_loss(model, row, "ranked")
     (a, b, c), (yes, no) = [[alone(model, BYTES, r["context"], x)[0] for x in r["completions"]] for r in RECORDS]
     by_hand = (softplus(a - b) + softplus(a - c) + softplus(c - b)) / 3 + softplus(yes - no)
     assert (total.item(), count) == (pytest.approx(by_hand, abs=1e-6), 2)
@@ -89,13 +88,13 @@ def test_ranked_loss_of_a_row_equals_the_one_by_hand(tmp_path):
 def test_a_tie_counts_half(tmp_path):
     model, row = make_model(), row_of(load(tmp_path, RECORDS))
     torch.nn.init.zeros_(model.score.weight)
-    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout), row, "ranked")
+    total, count, figures = train_pm.comparison_loss(model, row, "ranked")
     assert (total.item(), count, figures["accuracy"]) == pytest.approx((2 * math.log(2), 2, 1.0))
 
 
 def test_binary_loss_of_a_row_equals_the_one_by_hand(tmp_path):
     model, row = make_model(), row_of(load(tmp_path, RECORDS))
-    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout), row, "binary")
+    total, count, figures = train_pm.comparison_loss(model, row, "binary")
     rewards = [alone(model, BYTES, r["context"], x)[0] for r in RECORDS for x in r["completions"]]
     good = [s > 0 for r in RECORDS for s in r["scores"]]
     assert (total.item(), count) == (pytest.approx(sum(softplus(-r if g else r) for r, g in zip(rewards, good)), abs=1e-6), 5)
@@ -104,7 +103,7 @@ def test_binary_loss_of_a_row_equals_the_one_by_hand(tmp_path):
 
 def test_imitation_is_cross_entropy_of_the_best_completion_and_its_end(tmp_path):
     model, row = make_model(value_head=False), row_of(load(tmp_path, RECORDS))
-    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout), row, "imitation")
+    total, count, figures = train_pm.comparison_loss(model, row, "imitation")
     by_hand = [alone(model, BYTES, r["context"], x)[1] for r, x in zip(RECORDS, ("the second", "no"))]
     assert count == len("the second") + 1 + len("no") + 1 == sum(map(len, by_hand))
     assert total.item() == pytest.approx(-sum(map(sum, by_hand)), abs=1e-9) and figures == {}
@@ -114,10 +113,10 @@ def test_binarised_is_two_pairs_for_each_ranked_one(tmp_path):
     """GOOD:A > BAD:A and BAD:B > GOOD:B, each sequence by a forward of its own."""
     model, data = make_model(), load(tmp_path, RECORDS)
     control = tuple(map(BYTES.encode, train_pm.CONTROL))
-    examples = range(len(data))
-    row = make_row(data, examples, [None] * len(data), 512, BYTES, control=control)
-    assert len(row.tokens) == sum(data.packed_lengths(examples, [None] * len(data), 512, control=control))
-    total, count, figures = train_pm.comparison_loss(model, model(row.tokens, row.layout, only_ends=True), row, "binarised")
+    row_format = RowFormat(512, BYTES, control=control)
+    row = make_row(data, range(len(data)), row_format)
+    assert len(row.tokens) == sum(packed_lengths(data, range(len(data)), row_format))
+    total, count, figures = train_pm.comparison_loss(model, row, "binarised")
     by_hand = right = 0.0
     for r in RECORDS:
         good, bad = ([alone(model, BYTES, r["context"], mark + x)[0] for x in r["completions"]] for mark in train_pm.CONTROL)
@@ -131,9 +130,10 @@ def test_binarised_is_two_pairs_for_each_ranked_one(tmp_path):
 
 def test_without_eoc_the_reward_is_read_at_the_last_token(tmp_path):
     model, data = make_model(), load(tmp_path, RECORDS)
-    row = make_row(data, range(len(data)), [None] * len(data), 512, BYTES, eoc=False)
-    assert len(row.tokens) == sum(data.packed_lengths(range(len(data)), [None] * len(data), 512, eoc=False))
-    rewards = model.rewards(row.at_ends(model(row.tokens, row.layout)))
+    row_format = RowFormat(512, BYTES, eoc=False)
+    row = make_row(data, range(len(data)), row_format)
+    assert len(row.tokens) == sum(packed_lengths(data, range(len(data)), row_format))
+    rewards = model.rewards(model(row.tokens, row.layout, only_ends=True))
     texts = [(r["context"], x) for r in RECORDS for x in r["completions"]]
     for reward, (context, completion) in zip(rewards.tolist(), texts):
         ids = torch.from_numpy(np.concatenate([BYTES.encode(context) if context else [BYTES.eot], BYTES.encode(completion) if completion else [BYTES.eoc]]).astype(np.int64))
@@ -143,27 +143,27 @@ def test_without_eoc_the_reward_is_read_at_the_last_token(tmp_path):
 @pytest.mark.parametrize("objective", ["ranked", "binary"])
 def test_the_lm_term_is_the_mean_loss_of_each_best_completion(tmp_path, objective):
     model, row = make_model(), row_of(load(tmp_path, RECORDS))
-    hidden = model(row.tokens, row.layout)
-    plain, with_lm = (train_pm.comparison_loss(model, hidden, row, objective, weight) for weight in (0.0, 0.7))
+    row.token_weight = train_pm.lm_token_weights(row, objective)
+    plain, with_lm = (train_pm.comparison_loss(model, row, objective, weight) for weight in (0.0, 0.7))
     counted = [len(r["completions"]) if objective == "binary" else 1 for r in RECORDS]
     by_hand = -sum(n * np.mean(alone(model, BYTES, r["context"], x)[1]) for n, r, x in zip(counted, RECORDS, ("the second", "no")))
     assert (with_lm[0] - plain[0]).item() == pytest.approx(0.7 * by_hand, abs=1e-6) and with_lm[1:] == plain[1:]
 
 
 def test_one_pair_of_a_group_is_drawn_anew_each_epoch_and_always_the_same_way():
-    args = Namespace(objective="ranked", pairs_per_group="1", seed=3)
+    args = Namespace(objective="ranked", pairs_per_group="1", seed=3, max_completions=None)
     scores = np.array([1.0, 0.0, 1.0, 5.0])
 
     def draw(epoch, example=0, seed=3):
-        return tuple(train_pm.choose(scores, Namespace(**{**vars(args), "seed": seed}), epoch, example))
+        return tuple(completions_to_keep(scores, Namespace(**{**vars(args), "seed": seed}), epoch, example))
 
     drawn = [draw(epoch) for epoch in range(60)]
     assert drawn == [draw(epoch) for epoch in range(60)]
     assert set(drawn) == {(0, 1), (1, 2), (1, 3), (0, 3), (2, 3)}  # all but the pair of equal scores
     assert drawn != [draw(epoch, example=1) for epoch in range(60)] and drawn != [draw(epoch, seed=4) for epoch in range(60)]
-    assert train_pm.choose(np.array([0.0, 1.0]), args, 0, 0) is None
-    assert train_pm.choose(scores, Namespace(objective="ranked", pairs_per_group="all", seed=3), 0, 0) is None
-    assert train_pm.choose(scores, Namespace(objective="imitation", pairs_per_group="1", seed=3), 0, 0) == [3]
+    assert completions_to_keep(np.array([0.0, 1.0]), args, 0, 0) is None
+    assert completions_to_keep(scores, Namespace(**{**vars(args), "pairs_per_group": "all"}), 0, 0) is None
+    assert completions_to_keep(scores, Namespace(**{**vars(args), "objective": "imitation"}), 0, 0) == [3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_one_pair_of_a_group_is_drawn_anew_each_epoch_and_always_the_same_way():
 
 def split(data, ctx=512, **flags):
     flags = {"held_out": 0.3, "objective": "ranked", "pairs": None, "seed": 0, **flags}
-    train, held_out, lines = train_pm.split(Namespace(**flags), data, ctx)
+    train, held_out, lines = selection.split(Namespace(**flags), data, ctx)
     return set(train.tolist()), set(held_out.tolist()), " ".join(lines)
 
 
@@ -217,12 +217,14 @@ def test_binary_needs_both_kinds(tmp_path):
 
 def gradient(model, data, objective, lm_weight, micro_tokens, ranks):
     """(loss, gradients) of one step over all of `data`, computed in micro-batches by each of some ranks in turn."""
-    lengths, total, count = data.packed_lengths(range(len(data)), [None] * len(data), 512), 0.0, 0
+    lengths, total, count = packed_lengths(data, range(len(data)), FORMAT), 0.0, 0
     model.zero_grad()
     for mine in balance(lengths, ranks):
         for numbers in pack([lengths[i] for i in mine], micro_tokens):
             row = row_of(data, [mine[j] for j in numbers])
-            batch_sum, batch_count, _ = train_pm.comparison_loss(model, model(row.tokens, row.layout), row, objective, lm_weight)
+            if lm_weight:
+                row.token_weight = train_pm.lm_token_weights(row, objective)
+            batch_sum, batch_count, _ = train_pm.comparison_loss(model, row, objective, lm_weight)
             batch_sum.backward()
             total, count = total + batch_sum.item(), count + batch_count
     return total / count, [p.grad / count for p in model.parameters() if p.grad is not None]
@@ -644,15 +646,23 @@ def test_schedules():
 
 
 def test_rates_and_batches_are_multiples_of_the_language_models(lm, comparisons_file, tmp_path):
+    """Small models get 0.1 x in each stage. A small data set gets small steps, so that there are enough of them."""
     lm_rate = json.loads((lm / "meta.json").read_text())["lm_lr"]
     assert lm_rate == pytest.approx(3e-3 * (128 / SIZES["test"][1]) ** 0.5)
-    for stage, multiple, batch in (("finetune", 0.01, 32), ("pmp", 0.1, 512)):
+    for stage in ("finetune", "pmp"):
         out = tmp_path / stage
-        plan = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--stage", stage, "--steps", 1, "--out", out)
-        assert metrics(out)[0]["lr"] == pytest.approx(multiple * lm_rate) and f"a step: {batch} comparisons" in plan
+        printed = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--stage", stage, "--steps", 1, "--out", out)
+        assert metrics(out)[0]["lr"] == pytest.approx(0.1 * lm_rate) and "a step: 8 comparisons" in printed
     again = tmp_path / "after pmp"  # the rate goes by the language model that all began with
     run_well("train_pm.py", "--init", tmp_path / "pmp", "--data", comparisons_file, "--steps", 1, "--out", again)
-    assert metrics(again)[0]["lr"] == pytest.approx(0.01 * lm_rate)
+    assert metrics(again)[0]["lr"] == pytest.approx(0.1 * lm_rate)
+
+
+@pytest.mark.parametrize("size, scale, expected", [("13m", 0.01, 0.1), ("42m", 0.05, 0.1), ("197m", 0.01, 0.01), ("810m", 0.05, 0.05), ("52b", 0.1, 0.1)])
+def test_large_models_get_the_papers_rates(size, scale, expected):
+    with torch.device("meta"):
+        model = GPT(Config(*SIZES[size], vocab_size=64, ctx=8))
+    assert plan.stage_rate(model, 2.0, scale) == pytest.approx(2.0 * expected)
 
 
 def test_only_a_preference_model_has_a_head(pm, lm, comparisons_file, tmp_path):
@@ -678,6 +688,7 @@ def test_train_state_is_nothing_but_tensors_and_numbers(pm):
 
 def test_the_plan_comes_first(pm, lm, comparisons_file, tmp_path):
     plan = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", tmp_path / "run")
+    assert f"tokens, {comparisons_file}:" in plan.split("longest comparison: ")[1].splitlines()[0]
     for words in ("flags: ", "--lr 0.003", "model: 2 layers x 64, 2 heads, ctx 192", "8 steps", "training comparisons",
                   "GiB a rank", f"output: {tmp_path / 'run'}"):
         assert words in plan and plan.index(words) < plan.index("step 1/8")
@@ -708,7 +719,7 @@ def test_binarised_pre_training_then_finetuning(lm, comparisons_file, tmp_path):
     run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--stage", "pmp", "--binarise", "--out", tmp_path / "pmp", *small)
     run_well("train_pm.py", "--init", tmp_path / "pmp", "--data", comparisons_file, "--no_eoc", "--out", tmp_path / "pm", *small)
     pmp, finetuned = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("pmp", "pm"))
-    assert metrics(tmp_path / "pmp")[0]["lr"] == pytest.approx(10 * metrics(tmp_path / "pm")[0]["lr"])
+    assert metrics(tmp_path / "pmp")[0]["lr"] == metrics(tmp_path / "pm")[0]["lr"]
     assert 0 <= pmp["metrics"]["accuracy"] <= 1 and pmp["eoc"] and not finetuned["eoc"]
     evaluated = run_well("evaluate.py", "pm", "--model", tmp_path / "pm", "--data", comparisons_file, "--dtype", "fp32")
     assert json.loads(evaluated.splitlines()[-1])["accuracy"] == pytest.approx(finetuned["metrics"]["accuracy"], abs=1e-6)
@@ -736,3 +747,112 @@ def test_flags_that_do_not_go_together(lm, comparisons_file, tmp_path, flags, wo
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(40, seed=9))
     done = run("train_pm.py", "--init", lm, "--data", comparisons_file, other, "--out", tmp_path / "out", *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons of many completions
+
+
+MANY = {"context": "Which?", "completions": [f"answer {i} " * 8 for i in range(60)], "scores": list(range(60)), "group": "many"}
+
+
+def test_at_most_so_many_completions_are_laid_out():
+    args = Namespace(objective="ranked", pairs_per_group="all", seed=3, max_completions=4)
+    scores = np.arange(10.0)
+    kept = completions_to_keep(scores, args, 0, 5)
+    assert len(set(kept)) == 4 and kept == sorted(kept) == completions_to_keep(scores, args, 7, 5)  # the same each epoch
+    assert kept != completions_to_keep(scores, Namespace(**{**vars(args), "seed": 4}), 0, 5)
+    assert completions_to_keep(scores[:4], args, 0, 5) is None
+    rare = np.array([0.0] * 50 + [1.0])
+    for example in range(20):  # something is left to compare
+        assert len(set(rare[completions_to_keep(rare, args, 0, example)])) == 2
+
+
+def test_the_longest_comparison_is_named_and_computed_first(lm, comparisons_file, tmp_path):
+    """So a run that cannot fit in memory fails at once, and not when the comparison's turn comes."""
+    data = write_jsonl(tmp_path / "data.jsonl", [*itertools.islice((r for r in make_comparisons()), 20), MANY])
+    args = ("--init", lm, "--data", data, "--held_out", 0, "--steps", 1, "--batch", 2, "--micro_tokens", 600)
+    whole = run_well("train_pm.py", *args, "--out", tmp_path / "whole", before=tell_rows)
+    n_tokens = 6 + sum(len(c) + 1 for c in MANY["completions"])
+    assert f"longest comparison: {n_tokens:,} tokens, {data}:21;" in whole
+    assert f"rows: {n_tokens} " in whole  # the first row of all
+    cut = run_well("train_pm.py", *args, "--out", tmp_path / "cut", "--max_completions", 5, before=tell_rows)
+    longest = int(cut.split("longest comparison: ")[1].split()[0].replace(",", ""))
+    assert longest < 600 and f"rows: {n_tokens} " not in cut and "1 comparisons have more than --max_completions 5" in cut
+    assert losses(tmp_path / "whole")[0] > 0
+
+
+def tell_rows():
+    """Print the length of every row that is computed in training."""
+    forward = GPT.forward
+
+    def told(self, tokens, *rest, **named):
+        if self.training and torch.is_grad_enabled():
+            print(f"rows: {len(tokens)} ", flush=True)
+        return forward(self, tokens, *rest, **named)
+    GPT.forward = told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a device would wait for
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of all operators that torch carries out, and the types of what they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.seen |= {(str(function), x.dtype, x.device.type) for x in tensors} or {(str(function), None, None)}
+        boolean_index = function is torch.ops.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if boolean_index:
+            self.seen.add(("boolean index", None, None))
+        return out
+
+
+@pytest.mark.parametrize("objective, lm_weight", [("ranked", 0.0), ("ranked", 0.5), ("binary", 0.5), ("imitation", 0.0), ("binarised", 0.5)])
+def test_nothing_is_searched_for_between_row_and_loss(tmp_path, objective, lm_weight):
+    """On a GPU each of these would make the program wait for the device."""
+    model, data = make_model(value_head=objective != "imitation").float(), load(tmp_path, make_comparisons(12))
+    model.dtype = torch.float32
+    control = tuple(map(BYTES.encode, train_pm.CONTROL)) if objective == "binarised" else ()
+    row = make_row(data, range(len(data)), RowFormat(512, BYTES, control=control), predict="best")
+    if lm_weight:
+        row.token_weight = train_pm.lm_token_weights(row, objective)
+    with Operators() as operators:
+        train_pm.comparison_loss(model, row, objective, lm_weight)[0].backward()
+    names = {name for name, *_ in operators.seen}
+    assert not names & {"boolean index", "aten.nonzero.default", "aten._local_scalar_dense.default", "aten.masked_select.default",
+                        "aten.repeat_interleave.Tensor", "aten.bincount.default", "aten.unique.default"}
+
+
+def test_rows_and_losses_have_no_64_bit_floats(tmp_path):
+    """Apple's GPUs have none: a row that is moved there must not hold any, and no operator may make one."""
+    model, data = make_model().float(), load(tmp_path, make_comparisons(12))
+    model.dtype = torch.float32
+    for objective in ("ranked", "binary"):
+        row = make_row(data, range(len(data)), FORMAT, predict="best")
+        row.token_weight = train_pm.lm_token_weights(row, objective)
+        assert not any(v.dtype == torch.float64 for v in vars(row).values() if isinstance(v, torch.Tensor))
+        with Operators() as operators:
+            train_pm.comparison_loss(model, row, objective, 0.5)[0].backward()
+            with torch.no_grad():
+                train_pm.pairs_right(model.rewards(model(row.tokens, row.layout, only_ends=True)), row)
+        assert not [name for name, dtype, _ in operators.seen if dtype == torch.float64]
+
+
+def test_the_ranks_sum_is_taken_on_the_cpu():
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    assert ranks.sum([1, torch.tensor(2.5), True, torch.tensor(4)]) == [1.0, 2.5, 1.0, 4.0]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_training_gives_the_same_losses(lm, comparisons_file, tmp_path):
+    args = ("--init", lm, "--data", comparisons_file, *GENTLE, "--steps", 2, "--eval_every", 0)
+    run_well("train_pm.py", *args, "--out", tmp_path / "plain")
+    run_well("train_pm.py", *args, "--out", tmp_path / "compiled", "--compile")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
