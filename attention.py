@@ -1,11 +1,11 @@
 """Faster ways to compute what `attention` in model.py defines. Without this file everything works, slowly.
 
-  CPU    tiles: some queries at a time, with just the keys that they see. Tokens of other comparisons, and on
-  long rows
-         the future, are skipped instead of masked.
-  CUDA   torch's flash attention; for packed rows its variable-length form, with each segment as a sequence. A
-  shared prefix is one matrix product for all queries. Its part and the queries' own part are joined in one
-  softmax on CPUs, and by their log-sum-exps on CUDA.
+  CPU    Tiles: 128 queries at a time, with only the keys that they see. So most of what a mask would hide,
+         other comparisons and the future, is never computed.
+  CUDA   Torch's flash attention; for packed rows its variable-length form, where each segment is a sequence.
+
+A shared prefix costs one matrix product for all queries together. Its part and the part of the queries' own
+keys are joined in one softmax on CPUs, and by their log-sum-exps on CUDA.
 
 tests/test_model.py compares every way with the definition, forward and backward, in fp64.
 """
@@ -15,11 +15,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-TILE = 128  # queries in a tile: the best of 128, 256 and 512 at 256 and 1,024 tokens
-STEP = 64  # a tile has a multiple of so many keys where it can: on CPUs every new shape costs time
-END_TILE = 16  # queries in a tile where only the completions' ends are queries
+TILE = 128  # queries in a tile: the fastest of 128, 256 and 512, for rows of 256 and of 1,024 tokens
+STEP = 64  # keys of a tile come in multiples of it where they can: on CPUs each new matrix shape costs time
+END_TILE = 16  # queries in a tile if only the completions' ends are queries
 
-varlen_attn = None  # torch's variable-length attention, and the argument that makes it causal
+varlen_attn = None  # torch's variable-length attention
 if torch.backends.cuda.is_built():  # elsewhere it is of no use, and importing it takes a second
     try:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch >= 2.10
@@ -30,12 +30,12 @@ if torch.backends.cuda.is_built():  # elsewhere it is of no use, and importing i
 
 
 def attention(q, k, v, layout=None, only_ends=False, prefix=()):
-    """What model.plain_attention computes, by the fastest way that is at hand.
+    """What model.plain_attention computes, by the fastest way that this device has. Returns the shape of q.
 
-    Without a layout: q (n, t, H, D), k and v (n, T, H, D), causal, the queries being the last t of the T
-    tokens. With a layout (data/packing.py): q, k, v (T, H, D) of a packed row; with only_ends q is (K, H, D),
-    the queries at the completions' ends. prefix: pairs of keys and values (P, H, D) that every query sees.
-    Returns the shape of q.
+    Without a layout: q (n, t, H, D), k and v (n, T, H, D); causal, where the queries are the last t of the T
+    tokens. With a layout (data/packing.py): q, k and v (T, H, D) of a packed row, or with only_ends q
+    (K, H, D), the queries at the completions' ends. prefix: pairs of keys and values (P, H, D), which every
+    query sees.
     """
     if layout is None:
         if prefix or q.shape[1] < k.shape[1]:
@@ -71,15 +71,15 @@ def causal_attention(q, k, v):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tiles, for CPUs. A tile is (first query, last query + 1, ranges of keys, mask to add to the scores); all
-# tiles together have every query once.
+# Tiles, for CPUs. A tile is (first query, last query + 1, ranges of keys, mask to add to the scores). Each
+# query is in one tile.
 
 
 class TiledAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v, tile by tile; q, k, v (N, T, D), where N are heads, or sequences
+    """softmax(q k^T / sqrt(D) + mask) v, tile by tile; q, k and v (N, T, D), where N is heads, or sequences
     times heads.
 
-    On CPUs this is about twice as fast as F.scaled_dot_product_attention in bf16, whose backward pass is slow
+    On CPUs in bf16 this is about twice as fast as F.scaled_dot_product_attention, whose backward pass is slow
     there (results/LOG.md).
     """
 
@@ -101,7 +101,7 @@ class TiledAttention(torch.autograd.Function):
         for (start, end, ranges, _), p in zip(ctx.tiles, weights):
             d_tile = d_out[:, start:end]
             dp = torch.bmm(d_tile, gather(v, ranges).transpose(1, 2))
-            # p * (dp - sum(dp * p)) in one pass; it is the operator that softmax's own backward pass calls
+            # The gradient of softmax, p * (dp - sum(dp * p)), in one pass, by torch's own operator for it.
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, start:end] = torch.bmm(ds, gather(k, ranges))
             scatter_add(dk, ranges, torch.bmm(ds.transpose(1, 2), q[:, start:end]))
@@ -116,20 +116,23 @@ def tile_scores(q, k, mask):
 
 
 def gather(x, ranges):
-    """The parts of x (N, T, D) that lie in these ranges of T, joined."""
+    """The parts of x (N, T, D) in these ranges of T, joined."""
     parts = [x[:, begin:end] for begin, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def scatter_add(x, ranges, values):
-    """Add to x (N, T, D), in these ranges of T, what `gather` would take from there."""
+    """The reverse of `gather`: add `values` to x (N, T, D) at the ranges of T that they came from."""
     sizes = [end - begin for begin, end in ranges]
     for (begin, end), part in zip(ranges, values.split(sizes, 1)):
         x[:, begin:end].add_(part)  # not +=, which would also copy the slice onto itself
 
 
 def layout_tiles(layout, only_ends, q):
-    """The tiles of a packed row, with masks in q's precision and on its device."""
+    """The tiles of a packed row, with masks in q's precision and on its device.
+
+    only_ends: the queries are the completions' last tokens, otherwise all tokens.
+    """
     places = layout.ends if only_ends else torch.arange(layout.starts[-1])
     tiles = []
     for start, end, ranges in end_ranges(layout) if only_ends else query_ranges(layout):
@@ -141,11 +144,11 @@ def layout_tiles(layout, only_ends, q):
 
 
 def query_ranges(layout):
-    """(first query, last query + 1, ranges of keys) of tiles that have all tokens as queries.
+    """(first query, last query + 1, ranges of keys) of the tiles if all tokens are queries.
 
     A tile's first query sees its own segment and that segment's context. Whatever else the tile's queries see
     begins later. So the keys are that context, and everything from that segment's start to the tile's end.
-    Where little lies between the two they are one range.
+    If there is little between the two, they are one range.
     """
     tiles, segment, n_tokens = [], 0, layout.starts[-1]
     for start in range(0, n_tokens, TILE):
@@ -156,18 +159,23 @@ def query_ranges(layout):
         context_start, context_end = layout.starts[context], layout.starts[context + 1]
         segment_start = layout.starts[segment]
         if segment_start - context_end <= STEP:
-            missing = -(end - context_start) % STEP  # keys that lack to a multiple of STEP; they are masked
-            tiles.append((start, end, [(context_start - min(context_start, missing), end)]))
+            extra = keys_to_add(end - context_start)
+            tiles.append((start, end, [(max(0, context_start - extra), end)]))
         else:
-            missing = -(context_end - context_start + end - segment_start) % STEP
-            segment_start -= min(segment_start - context_end, missing)
+            extra = keys_to_add(context_end - context_start + end - segment_start)
+            segment_start = max(context_end, segment_start - extra)
             tiles.append((start, end, [(context_start, context_end), (segment_start, end)]))
     return tiles
 
 
+def keys_to_add(n_keys):
+    """How many keys, which the mask will hide, bring n_keys to a multiple of STEP."""
+    return -n_keys % STEP
+
+
 def end_ranges(layout):
-    """As query_ranges, where only the completions' ends are queries. The keys of a tile are everything from
-    the first one's context to the last one's end."""
+    """The same as query_ranges if only the completions' ends are queries. A tile's keys are everything from
+    its first completion's context to its last completion's end."""
     tiles, n = [], len(layout.completions)
     for start in range(0, n, END_TILE):
         end = min(start + END_TILE, n)
@@ -177,13 +185,13 @@ def end_ranges(layout):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Behind a prefix, and one token after the other. For reading only: a backward pass would work, but would keep
-# the attention weights of all layers.
+# Behind a prefix, and token by token. This is for reading: a backward pass would work, but it would keep the
+# attention weights of all layers.
 
 
 def continued_attention(q, k, v, prefix):
-    """n sequences go on by t tokens: q (n, t, H, D), k and v (n, T, H, D) of all that they have read since
-    the prefix."""
+    """n sequences go on by t tokens: q (n, t, H, D); k and v (n, T, H, D) of all their tokens since the prefix.
+    """
     n, t, H, D = q.shape
     T = k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (n, H, …, D)
@@ -193,7 +201,7 @@ def continued_attention(q, k, v, prefix):
         scores = scores.masked_fill(future, -math.inf)
     if not prefix:
         return (scores.softmax(-1) @ v).transpose(1, 2)
-    # All sequences query the one prefix as n * t rows of a single product, so that its keys are read once.
+    # The queries of all sequences are the rows of one product with the prefix, so its keys are read once.
     rows, scores = q.transpose(0, 1).reshape(H, n * t, D), scores.transpose(0, 1).reshape(H, n * t, T)
     weights, from_prefix = join_prefix(rows, scores, prefix)
     out = weights.view(H, n, t, T).transpose(0, 1) @ v + from_prefix.view(H, n, t, D).transpose(0, 1)
@@ -212,10 +220,11 @@ def prefixed_tiles(q, k, v, tiles, prefix):
 
 
 def join_prefix(rows, scores, prefix):
-    """One softmax over the keys of prefixes and the queries' own keys.
+    """One softmax over the keys of the prefixes and the queries' own keys.
 
-    rows (H, R, D): queries. scores (H, R, K): of their own keys, scaled and masked. prefix: pairs (P, H, D).
-    Returns (the weights of the own keys (H, R, K), what the prefixes contribute to the output (H, R, D)).
+    rows (H, R, D): the queries. scores (H, R, K): those of their own keys, scaled and masked. prefix: pairs of
+    keys and values (P, H, D). Returns (the weights of their own keys (H, R, K), what the prefixes contribute to
+    the output (H, R, D)).
     """
     all_scores = [rows @ k.permute(1, 2, 0) * rows.shape[-1] ** -0.5 for k, _ in prefix] + [scores]
     weights = torch.cat(all_scores, -1).softmax(-1).split([x.shape[-1] for x in all_scores], -1)
@@ -227,12 +236,13 @@ def join_prefix(rows, scores, prefix):
 
 
 def varlen_attention(q, k, v, layout, only_ends, prefix):
-    """A packed row by torch's variable-length attention: every segment is a sequence of queries, and its keys
-    are its context's and its own, gathered."""
+    """A packed row by torch's variable-length attention. Every segment is a sequence of queries; its keys are
+    its context's and its own, copied together."""
     table = layout.table(("varlen", only_ends, q.device), lambda: varlen_table(layout, only_ends, q.device))
     places, *lengths = table
     k_own, v_own = k.index_select(0, places), v.index_select(0, places)
-    # Causal is aligned to the last key: query i of a completion sees its whole context and itself up to i.
+    # With more keys than queries, "causal" lets the last query see all keys, the one before it all but one, and
+    # so on. So a completion's tokens see the whole context.
     if not prefix:
         return varlen_attn(q, k_own, v_own, *lengths, **CAUSAL)
     with_lse = AuxRequest(lse=True)
@@ -245,10 +255,10 @@ def varlen_attention(q, k, v, layout, only_ends, prefix):
 
 
 def merge(out, lse, other_out, other_lse):
-    """Attention over two sets of keys from that over each: out (T, H, D), lse (H, T), the log of the sum of
-    exp(score).
+    """Attention over two sets of keys, from the attention over each.
 
-    A set's share of the whole softmax is exp(lse) of the sum of both.
+    out (T, H, D); lse (H, T), the log of the sum of exp(score) over a set's keys. A set's share of the joint
+    softmax is its exp(lse), divided by the sum of both.
     """
     share = torch.sigmoid(lse - other_lse).T.unsqueeze(-1)  # (T, H, 1)
     joined = out * share + other_out * (1 - share)
@@ -256,7 +266,8 @@ def merge(out, lse, other_out, other_lse):
 
 
 def varlen_table(layout, only_ends, device):
-    """(places of the keys, where each sequence of queries and of keys ends, the longest of each)."""
+    """(place of each key in the row, where sequences of queries end, where their keys end, the longest
+    sequence of queries, the longest of keys), as varlen_attn wants them."""
     places, key_ends = [], [0]
     segments = layout.completions if only_ends else range(len(layout.parents))
     for segment in segments:

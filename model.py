@@ -1,5 +1,4 @@
-"""The transformer, from the table of sizes to the building blocks of the losses. It needs torch and nothing
-else.
+"""The transformer, from the table of sizes to the building blocks of the losses. It needs nothing but torch.
 
 A decoder in the Llama layout: RMSNorm before each part, rotary positions, SwiGLU, no biases, and (by default)
 one table for input and output. Parameters have the names of transformers' LlamaForCausalLM and
@@ -7,11 +6,12 @@ LlamaForSequenceClassification, so a state dict needs no translation. A preferen
 transformer with one more row of weights, the value head `score`.
 
 `GPT.forward` maps tokens to hidden states in three ways that give equal results:
-  causal   tokens (B, T)             language modelling: each row is one sequence packed   tokens (T,), layout
-  comparisons laid end to end in one row: [context][completion 1][completion 2]… cached   tokens (n, t), cache
-  continuing n sequences that may share one prefix, which is stored once
 
-`attention` below is the definition of what all three compute. attention.py computes the same faster.
+  causal   tokens (B, T)          language modelling: each row is one sequence
+  packed   tokens (T,), layout    comparisons end to end in one row: [context][completion 1][completion 2]…
+  cached   tokens (n, t), cache   n sequences go on by t tokens each, behind a prefix that is stored once
+
+`attention` below defines what all three compute. attention.py computes the same faster.
 """
 import functools
 import math
@@ -26,8 +26,8 @@ try:
 except ImportError:  # without that file everything works as well, only slowly
     fast_attention = None
 
-# name: (n_layer, d_model, n_head). 13m to 52b are the paper's (Appendix A). 12 * n_layer * d_model^2 names
-# the size.
+# name: (n_layer, d_model, n_head). The name is about 12 * n_layer * d_model^2, the parameters without the
+# embedding table. 13m to 52b are the paper's seven (Appendix A).
 SIZES = {
     "test": (2, 64, 2), "0.8m": (4, 128, 4), "3m": (4, 256, 4), "5m": (7, 256, 4),
     "13m": (4, 512, 8), "42m": (6, 768, 12), "197m": (10, 1280, 20), "810m": (16, 2048, 32),
@@ -49,8 +49,8 @@ class Config:
 
     @property
     def d_ff(self):
-        """Width of the MLP: 8/3 d_model, so that SwiGLU's three matrices cost as much as two of width 4
-        d_model."""
+        """Width of the MLP: about 8/3 d_model. So SwiGLU's three matrices cost as much as the two matrices of
+        width 4 d_model in a GPT."""
         return max(64, round(self.d_model * 8 / 3 / 64) * 64)
 
 
@@ -70,10 +70,10 @@ def attention(q, k, v, visible):
 
 
 def plain_attention(q, k, v, layout, only_ends, prefix):
-    """`attention` with everything that a query may see written out as keys, values and one mask.
+    """`attention` of a layer's q, k, v, with all that a query may see written out as keys and one mask.
 
-    prefix: pairs of keys and values (P, H, D), in reading order, that every query sees besides its own
-    sequence.
+    Without a layout the queries are the last tokens of each sequence. prefix: pairs of keys and values
+    (P, H, D), in reading order, which every query sees besides its own sequence.
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
@@ -88,13 +88,12 @@ def plain_attention(q, k, v, layout, only_ends, prefix):
 
 
 class Cache:
-    """Keys and values of what was read: shared prefixes, each stored once, and n sequences that continue
+    """Keys and values of what was read: shared prefixes, each stored once, and n sequences that go on behind
     them.
 
     A new cache is n empty sequences with room for `room` tokens each. Every forward pass with it appends
-    tokens. `fork` gives a cache of sequences that continue what this one has read, without a copy of it. So a
-    prompt is computed once a run. `as_prefix` gives one that nothing is appended to: packed rows are read
-    behind it.
+    tokens. `fork` gives a cache of new sequences behind what this one has read, without a copy of it, so a
+    prompt is computed once a run. `as_prefix` gives one for packed rows, to which nothing is appended.
     """
 
     def __init__(self, room, n=1, prefix=()):
@@ -105,8 +104,8 @@ class Cache:
         self.prefix_tokens = sum(len(part[0][0]) for part in self.prefix)
 
     def fork(self, n, room):
-        """n empty sequences, with room for `room` tokens each, behind all that this cache's one sequence has
-        read."""
+        """n empty sequences, with room for `room` tokens each, behind what this cache's one sequence has read.
+        """
         if self.n != 1:
             raise ValueError(f"only one sequence can become a shared prefix, and this cache has {self.n}")
         read = [[x[0, :, :self.length].transpose(0, 1) for x in layer] for layer in self.stored]
@@ -117,12 +116,12 @@ class Cache:
         return self.fork(1, 0)
 
     def select(self, rows):
-        """Go on with the sequences of these numbers (a tensor). A number may stand there several times."""
+        """Keep the sequences of these numbers (a tensor), in this order. A number may occur several times."""
         self.stored, self.n = [x.index_select(1, rows) for x in self.stored], len(rows)
 
     def append(self, layer, k, v):
-        """Store the keys and values (n, t, H, D) of new tokens. Returns those of all tokens, views (n, all,
-        H, D)."""
+        """Store the keys and values (n, t, H, D) of new tokens. Returns those of all tokens so far, views
+        (n, T, H, D)."""
         n, t, n_head, d_head = k.shape
         if layer == len(self.stored):
             self.stored.append(k.new_empty(2, n, n_head, self.room, d_head))
@@ -137,7 +136,7 @@ class Cache:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, which is applied in the precision of its input."""
+    """A matrix without bias, applied in the precision of its input."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -161,10 +160,9 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: turns each pair (x_i, x_{i + D/2}) by its angle.
+    """Rotary position embedding: turn each pair of numbers (x_i, x_{i + D/2}) by the angle of its position.
 
-    x (…, T, H, D), cos and sin (T, 1, D) as GPT.rotation gives them; the first half of `sin` holds minus the
-    sine.
+    x (…, T, H, D); cos and sin (T, 1, D) from GPT.rotation, which gives the first half of `sin` a minus sign.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -181,8 +179,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The residual stream x stays in fp32; `cos` has the precision in which the matrices are
-    applied."""
+    """One layer. The residual stream x stays in fp32; matrices are applied in the precision of `cos`."""
 
     def __init__(self, config):
         super().__init__()
@@ -192,10 +189,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend, ends=None):
-        """x (…, T, d) -> the same; `attend` maps q, k, v to what the heads gathered.
+        """x (…, T, d_model) -> the same shape. attend: attention, a function of q, k and v.
 
-        ends: of a packed row the places (K,) whose output is wanted; the other tokens are keys and values
-        only.
+        ends: places (K,) in a packed row; only their output is computed, and the result is (K, d_model). The
+        other tokens serve as keys and values only.
         """
         q, k, v = self.before_attention(x, cos, sin, ends)
         if ends is not None:
@@ -218,9 +215,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The transformer. `dtype` is the precision of matrix products; weights, residual stream and losses are
-    fp32.
-
-    With `plain` set, attention is computed by its definition: slowly, for tests and for teaching.
+    fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching.
     """
 
     def __init__(self, config):
@@ -238,9 +233,8 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """Draw all weights from `seed`, on the device where they are. Returns the model.
 
-        1. Matrices: normal, std sqrt(2 / (5 d_model)). That is the usual 0.02 at a width of 1,000, and keeps
-        narrow
-           models from starting too small (assumption; the paper does not say).
+        1. Matrices: normal with std sqrt(2 / (5 d_model)). That is the usual 0.02 at a width of 1,000, and
+           larger for narrow models, which otherwise learn slowly at first (assumption; the paper says nothing).
         2. Matrices whose output is added to the residual stream: smaller by sqrt(2 n_layer), as in GPT-2.
         3. The value head: std 1 / sqrt(d_model + 1), as in OpenAI's summarize-from-feedback.
         4. Norms: ones.
@@ -264,12 +258,14 @@ class GPT(nn.Module):
         return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, tokens, layout=None, cache=None, only_ends=False):
-        """Token ids to final hidden states, in the three ways that the file's head describes.
+        """Token ids to final hidden states, in the three ways that the head of this file describes.
 
-        tokens: (B, T) causal; (T,) packed with a layout (data/packing.py), and behind a cache's prefix if one
-        is given; (n, t) appended to a cache. Returns tokens.shape + (d_model,). With only_ends, of a packed
-        row, (K, d_model): the states at the completions' last tokens. A reward needs no others, so most of
-        the last layer is never computed. Raises ValueError for a packed row behind a cache that is no prefix.
+        tokens: (B, T) causal; (T,) packed, with its layout (data/packing.py), and behind a cache's prefix if
+        a cache is given; (n, t) appended to a cache. Returns tokens.shape + (d_model,).
+
+        only_ends, for packed rows: return (K, d_model), the states at the completions' last tokens. A reward
+        needs no others, and most of the last layer is then never computed. Raises ValueError for a packed row
+        with a cache that has tokens of its own.
         """
         if layout is not None and cache is not None and cache.length:
             raise ValueError("a packed row can be read behind a prefix only: give cache.as_prefix()")
@@ -288,7 +284,7 @@ class GPT(nn.Module):
         return self.model.norm(x)
 
     def attend(self, layer, layout, cache, only_ends, q, k, v):
-        """Attention of one layer's q, k, v, each (B, T, H, D), or (T, H, D) of a packed row."""
+        """Attention of a layer's q, k and v, each (B, T, H, D), or (T, H, D) of a packed row."""
         prefix = [part[layer] for part in cache.prefix] if cache is not None else []
         if cache is not None and layout is None:
             k, v = cache.append(layer, k, v)
@@ -313,8 +309,8 @@ class GPT(nn.Module):
         return F.linear(hidden.to(self.dtype), self.unembedding.to(self.dtype))
 
     def token_losses(self, hidden, targets, weight=None):
-        """cross_entropy of the next tokens: hidden (N, d_model), targets (N,) -> (weighted sum, losses (N,))
-        in nats."""
+        """Cross-entropy of the next tokens, in nats: hidden (N, d_model), targets (N,), weight (N,) or None
+        -> (weighted sum, losses (N,))."""
         return cross_entropy(hidden.to(self.dtype), self.unembedding, targets, weight)
 
     def n_params(self):
@@ -323,8 +319,8 @@ class GPT(nn.Module):
         return blocks, sum(p.numel() for p in self.parameters())
 
     def freeze(self, dtype):
-        """Make this a model that is only read. Its matrices are held in `dtype` and not cast again for every
-        use."""
+        """Make this a model for reading only: its matrices are held in `dtype`, so no use of them casts them
+        again. Returns the model."""
         self.dtype = dtype
         for name, module in self.named_modules():
             if isinstance(module, (Linear, nn.Embedding)) and name != "score":
@@ -332,8 +328,8 @@ class GPT(nn.Module):
         return self.eval().requires_grad_(False)
 
     def compile_blocks(self):
-        """Compile the two halves of every block. Attention between them stays as it is: a packed row has a
-        layout of its own, so the code would be compiled anew for every row."""
+        """Compile the two halves of every block. Attention, between them, stays as it is: it depends on the
+        layout, which differs from row to row, so it would be compiled anew for each."""
         for block in self.model.layers:
             block.before_attention = torch.compile(block.before_attention, dynamic=True)
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -341,9 +337,9 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def read(model, tokens, prefix=None):
-    """Read token ids (P,) once, after `prefix` (a cache) if one is given.
+    """Read token ids (P,) into a new cache, behind `prefix` (another cache) if one is given.
 
-    Returns (a cache that has read them, the hidden state at the last of them (1, d_model)).
+    Returns (the cache, the hidden state (1, d_model) at the last token).
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.unembedding.device)
     cache = Cache(len(tokens)) if prefix is None else prefix.fork(1, len(tokens))
@@ -355,12 +351,14 @@ def read(model, tokens, prefix=None):
 
 
 def linear_loss(hidden, unembedding, row_loss, weight=None):
-    """Any loss of the next tokens' logits, without ever holding the logits of all rows.
+    """Any loss that is a function of logits, without ever holding the logits of all rows at once.
 
-    hidden (N, d), unembedding (V, d), weight (N,) of each row's loss, or None for ones. row_loss(logits (n,
-    V), rows, need_gradient) -> (losses (n,), their gradient by the logits (n, V) or None): what to compute
-    for some of the rows, given as a slice of 0 to N. It may overwrite the logits. Returns (weighted sum, a
-    differentiable scalar; each row's loss (N,), not differentiable), in fp32.
+    hidden (N, d_model); unembedding (V, d_model); weight (N,), the factor of each row's loss, or None for 1.
+    row_loss(logits, rows, need_gradient): the loss itself, for the rows of one chunk, a slice of 0 to N. It
+    gets their logits (n, V), which it may overwrite, and returns (losses (n,), their gradient by the logits
+    (n, V), or None where none is needed).
+
+    Returns (weighted sum, a scalar with a gradient; losses (N,), without one), in fp32.
     """
     if not torch.is_grad_enabled():
         hidden, unembedding = hidden.detach(), unembedding.detach()
@@ -371,8 +369,8 @@ def linear_loss(hidden, unembedding, row_loss, weight=None):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """linear_loss, some rows at a time. A chunk's gradient is computed in the forward pass, while its logits
-    are at hand; the backward pass only scales it. On a CPU in bf16 this is several times faster than torch's
+    """linear_loss, chunk by chunk. A chunk's gradient is computed in the forward pass, while its logits are at
+    hand, and the backward pass only scales it. On a CPU in bf16 this is several times faster than torch's own
     F.linear_cross_entropy."""
 
     @staticmethod
@@ -404,16 +402,16 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def rows_in_cache(device, vocab_size):
-    """How many rows of logits stay in a CPU's cache, or fit well in a GPU's memory."""
+    """How many rows of logits to hold at a time: as many as stay in a CPU's cache, or 256 MiB on a GPU."""
     return max(1, (2**22 if device.type == "cpu" else 2**27) // vocab_size)
 
 
 def cross_entropy(hidden, unembedding, targets, weight=None):
     """linear_loss with -log p(target), in nats; targets (N,).
 
-    The gradient by the logits is the softmax, minus 1 at the target. Softmax is computed in the logits'
-    precision. The losses are computed in fp32, and so is p - 1 at the target, as expm1(-loss): p may be near
-    1 there, where bf16 has few digits left.
+    The gradient by the logits is the softmax p, minus 1 at the target. The softmax has the logits' precision.
+    The losses are computed in fp32, and so is p - 1 at the target, as expm1(-loss): where p is near 1, bf16
+    would leave no digits of it.
     """
     def row_loss(logits, rows, need_gradient):
         target = targets[rows, None]
