@@ -30,11 +30,11 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,48 +44,50 @@ import torch.nn.functional as F
 
 import checkpoint
 import distill
+import plan
 import trainer
 from data import toy
 from data.comparisons import load_comparisons
-from data.errors import InputError, run_main
+from data.errors import InputError, Parser, run_main
 from data.files import write_file
-from data.packing import Row, epoch_order, make_row, pack
+from data.packing import Layout, RowFormat, TensorBatch, epoch_order, make_row, pack, packed_lengths
 from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
 from evals import pm
 from evals.choices import HHH_ITEMS
-from model import GPT, SIZES, Config, Layout, read
+from model import GPT, SIZES, Config, read
+from ranks import check_compiler, pick_dtype, start
 from sampling import generate
-from train_pm import comparison_loss
+from train_pm import comparison_loss, ranked_loss
 
 TRL_BATCHES = (8, 32)  # pairs a step
 ROOM = 2192  # tokens of context behind the prompt
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("all", "pm", "lm", "prompt"), default="all", help="what to measure (default: %(default)s)")
     parser.add_argument("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy, for pm and lm (default: toy)")
     parser.add_argument("--size", choices=SIZES, default="3m", help="of the model (default: %(default)s)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or a .tiktoken file (default: %(default)s)")
-    parser.add_argument("--ctx", type=trainer.positive(int), default=1024, help="tokens a sequence at most, of pm and lm (default: %(default)s)")
-    parser.add_argument("--batch", type=trainer.positive(int), default=32, help="pairs in a step of pm (default: %(default)s)")
-    parser.add_argument("--lm_batch", type=trainer.positive(int), default=8192, help="tokens in a step of lm (default: %(default)s)")
-    parser.add_argument("--steps", type=trainer.positive(int), default=2, help="optimizer steps in a round of pm and lm (default: %(default)s)")
-    parser.add_argument("--prompt_tokens", type=trainer.positive(int), default=6000, help="our HHH prompt is repeated or cut to so many (default: %(default)s)")
-    parser.add_argument("--rounds", type=trainer.positive(int), default=5, help="timed rounds; one more warms up, one is for memory (default: %(default)s)")
+    parser.add_argument("--ctx", type=plan.positive(int), default=1024, help="tokens a sequence at most, of pm and lm (default: %(default)s)")
+    parser.add_argument("--batch", type=plan.positive(int), default=32, help="pairs in a step of pm (default: %(default)s)")
+    parser.add_argument("--lm_batch", type=plan.positive(int), default=8192, help="tokens in a step of lm (default: %(default)s)")
+    parser.add_argument("--steps", type=plan.positive(int), default=2, help="optimizer steps in a round of pm and lm (default: %(default)s)")
+    parser.add_argument("--prompt_tokens", type=plan.positive(int), default=6000, help="our HHH prompt is repeated or cut to so many (default: %(default)s)")
+    parser.add_argument("--rounds", type=plan.positive(int), default=5, help="timed rounds; one more warms up, one is for memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time compiled models too: minutes more at the start")
     parser.add_argument("--out", help="file for the JSON line (default: none)")
-    trainer.add_device_flags(parser)
+    plan.add_device_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    ranks = trainer.start(args.device)
-    device, dtype = ranks.device, trainer.pick_dtype(args.dtype, ranks.device)
-    if args.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise InputError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+    ranks = start(args.device)
+    device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
+    if args.compile:
+        check_compiler(device)
     if args.lm_batch < args.ctx:
         raise InputError(f"--lm_batch {args.lm_batch} is less than one sequence of --ctx {args.ctx} tokens")
     tokenizer = get_tokenizer(args.tokenizer)
@@ -174,15 +176,14 @@ def race(candidates, batches, args, device):
 def stepper(model, losses, device, ranks):
     """run(batches) -> seconds: trains `model`, one optimizer step a batch. losses(model, batch) yields the (sum, count) of
     each micro-batch."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = trainer.make_optimizer(model, lr=1e-5, weight_decay=0.1)
 
     def step(batch):
         count = 0
         for batch_sum, batch_count in losses(model, batch):
             batch_sum.backward()
             count += batch_count
-        trainer.scale_and_clip(parameters, count, 1.0, ranks)
+        trainer.scale_and_clip(optimizer, count, 1.0, ranks)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return lambda batches: sum(timed(device, lambda: step(batch)) for batch in batches)
@@ -191,8 +192,7 @@ def stepper(model, losses, device, ranks):
 def blocks_compiled(model):
     """A copy of the model, compiled as trainer.py does it."""
     model = copy.deepcopy(model)
-    for block in model.model.layers:
-        block.compile(dynamic=True)
+    model.compile_blocks()
     return model
 
 
@@ -269,20 +269,28 @@ class Pairs:
     def padded(self, examples):
         sequences = self.sequences(examples)
         tokens = pad(sequences)
-        return [plain_row(tokens, None, [i * tokens.shape[1] + len(s) - 1 for i, s in enumerate(sequences)])]
+        return [PlainRow(tokens, None, torch.tensor([i * tokens.shape[1] + len(s) - 1 for i, s in enumerate(sequences)]))]
 
     def packed(self, examples):
         sequences, rows = self.sequences(examples), []
         for numbers in pack([len(a) + len(b) for a, b in zip(sequences[::2], sequences[1::2])], self.at_once):
             parts = [sequences[j] for i in numbers for j in (2 * i, 2 * i + 1)]
             layout = Layout(map(len, parts), range(len(parts)))
-            rows.append(plain_row(torch.from_numpy(np.concatenate(parts)), layout, [end - 1 for end in layout.starts[1:]]))
+            rows.append(PlainRow(torch.from_numpy(np.concatenate(parts)), layout, torch.tensor(layout.starts[1:]) - 1))
         return rows
 
     def shared(self, examples):
-        chosen = self.chosen(examples)
-        return [make_row(self.data, examples[numbers], [chosen[i] for i in numbers], self.args.ctx, self.tokenizer)
-                for numbers in pack(self.data.packed_lengths(examples, chosen, self.args.ctx), self.at_once)]
+        chosen, row_format = self.chosen(examples), RowFormat(self.args.ctx, self.tokenizer)
+        return [make_row(self.data, examples[numbers], row_format, [chosen[i] for i in numbers])
+                for numbers in pack(packed_lengths(self.data, examples, row_format, chosen), self.at_once)]
+
+
+@dataclass
+class PlainRow(TensorBatch):
+    """Sequences of pairs, best first. `ends`: where each one's last token lies in the flattened tokens."""
+    tokens: torch.Tensor
+    layout: Layout | None
+    ends: torch.Tensor
 
 
 def pad(sequences):
@@ -290,25 +298,22 @@ def pad(sequences):
     return nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, sequences)), batch_first=True)
 
 
-def plain_row(tokens, layout, ends):
-    """What comparison_loss needs to know of a row of pairs, best first; `ends` point into the flattened tokens."""
-    n = len(ends) // 2
-    return Row(tokens, layout, examples=np.arange(n), owner=torch.arange(n).repeat_interleave(2), which=None,
-               scores=torch.tensor([1.0, 0.0]).repeat(n), best=None, starts=None, ends=torch.tensor(ends))
-
-
 def measure_pm(args, ranks, model, data, tokenizer, peak):
     """Figures by candidate of preference-model training."""
     device = ranks.device
-    pairs = Pairs(args, data, tokenizer, trainer.micro_tokens(args, model, device))
+    pairs = Pairs(args, data, tokenizer, plan.micro_tokens(args, model, device))
     layouts = {"naive padded": pairs.padded, "packed": pairs.packed, "packed + shared prefix": pairs.shared}
 
     def losses(build):
         def of(model, examples):
             for row in build(examples):
                 row = row.to(device)
-                hidden = model(row.tokens, row.layout, only_ends=build == pairs.shared)
-                yield comparison_loss(model, hidden.flatten(0, -2), row, "ranked")[:2]
+                if build == pairs.shared:
+                    yield comparison_loss(model, row, "ranked", lm_weight=0.0)[:2]
+                else:
+                    hidden = model(row.tokens, row.layout).flatten(0, -2)
+                    rewards = model.rewards(hidden.index_select(0, row.ends))
+                    yield ranked_loss(rewards[::2], rewards[1::2]).sum(), len(rewards) // 2
         return of
 
     check_equal(model, {name: losses(build) for name, build in layouts.items()}, pairs.batches(0)[0])
@@ -426,7 +431,7 @@ class PlainBlock(nn.Module):
 def measure_lm(args, ranks, model, data, tokenizer, peak):
     """Figures by candidate of LM training on windows of the data's tokens."""
     device, config = ranks.device, model.config
-    at_once = max(1, trainer.micro_tokens(args, model, device) // args.ctx)
+    at_once = max(1, plan.micro_tokens(args, model, device) // args.ctx)
     shape = args.steps, args.lm_batch // args.ctx, args.ctx + 1
     windows = torch.from_numpy(np.resize(data.tokens, shape).astype(np.int64)).to(device)
 
@@ -473,12 +478,12 @@ def measure_prompt(args, ranks, model, data, tokenizer, _):
 
 def measure_scoring(args, ranks, model, data, tokenizer, prompt):
     """Log-probs of all items' completions: the prompt read once for packed rows, or anew with every completion."""
-    device, at_once = ranks.device, trainer.micro_tokens(args, model, ranks.device)
+    device, at_once = ranks.device, plan.micro_tokens(args, model, ranks.device)
     texts = [(np.concatenate([prompt, context, completion]).astype(np.int64), len(completion))
              for context, *completions in map(data.segments, range(len(data))) for completion in completions]
 
     def ours(examples):
-        prefix = read(model, prompt)[0].fork(1, 0)
+        prefix = read(model, prompt)[0].as_prefix()
         return np.concatenate(pm.score_all(model, data, examples, "sum", ROOM, tokenizer, at_once, device, prefix=prefix))
 
     @torch.no_grad()
@@ -504,11 +509,11 @@ def measure_scoring(args, ranks, model, data, tokenizer, prompt):
 
 def measure_distillation(args, ranks, model, data, prompt, folder, batch=32, few=2):
     """(figures of steps of distillation on `batch` sequences of 50 to 200 tokens, bytes a token of the teacher's cache)."""
-    device, at_once = ranks.device, trainer.micro_tokens(args, model, ranks.device)
-    teacher, student = copy.deepcopy(model).eval().requires_grad_(False), copy.deepcopy(model).init_weights(seed=1)
+    device, at_once = ranks.device, plan.micro_tokens(args, model, ranks.device)
+    teacher, student = copy.deepcopy(model).freeze(model.dtype), copy.deepcopy(model).init_weights(seed=1)
     for name in ("model.safetensors", "config.json"):  # by their content the cache knows the teacher
         (folder / name).write_text("random")
-    prefix, text, made = read(teacher, prompt)[0].fork(1, 0), np.asarray(data.tokens, np.int64), {"tokens": 0}
+    prefix, text, made = read(teacher, prompt)[0].as_prefix(), np.asarray(data.tokens, np.int64), {"tokens": 0}
 
     def sequences(r):
         rng = np.random.default_rng(r)
@@ -521,7 +526,7 @@ def measure_distillation(args, ranks, model, data, prompt, folder, batch=32, few
 
     def stored_kl(model, x):
         for numbers in pack(list(map(len, x)), at_once):
-            row = distill.Row([x[i] for i in numbers], numbers, made["cache"], device)
+            row = distill.SequenceRow(numbers, x, made["cache"]).to(device)
             yield distill.top_kl(model, model(row.tokens, row.layout), row.ids, row.log_p)[0], len(row.tokens)
 
     def plain_kl(model, x):
