@@ -34,7 +34,7 @@ from data.files import build_once, content_key
 from data.packing import Layout, TensorBatch, balance, pack, step_examples
 from data.text import lm_windows, load_text
 from evals.subject import read_prompt
-from model import linear_loss
+from losses import linear_loss
 from ranks import pick_dtype, start
 
 TOP = 50  # the teacher's likeliest tokens; all others together are the 51st class

@@ -11,7 +11,7 @@ import checkpoint
 import distill
 from data.text import Text
 from data.tokenizer import get_tokenizer
-from model import linear_loss
+from losses import linear_loss
 from ranks import Ranks
 
 
