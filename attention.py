@@ -190,7 +190,8 @@ def end_ranges(layout):
 
 
 def continued_attention(q, k, v, prefix):
-    """n sequences go on by t tokens: q (n, t, H, D); k and v (n, T, H, D) of all their tokens since the prefix.
+    """n sequences go on by t tokens: q (n, t, H, D); k and v (n, T, H, D) of all their tokens since the
+    prefix.
     """
     n, t, H, D = q.shape
     T = k.shape[1]
@@ -222,9 +223,9 @@ def prefixed_tiles(q, k, v, tiles, prefix):
 def join_prefix(rows, scores, prefix):
     """One softmax over the keys of the prefixes and the queries' own keys.
 
-    rows (H, R, D): the queries. scores (H, R, K): those of their own keys, scaled and masked. prefix: pairs of
-    keys and values (P, H, D). Returns (the weights of their own keys (H, R, K), what the prefixes contribute to
-    the output (H, R, D)).
+    rows (H, R, D): the queries. scores (H, R, K): those of their own keys, scaled and masked. prefix: pairs
+    of keys and values (P, H, D). Returns (the weights of their own keys (H, R, K), what the prefixes
+    contribute to the output (H, R, D)).
     """
     all_scores = [rows @ k.permute(1, 2, 0) * rows.shape[-1] ** -0.5 for k, _ in prefix] + [scores]
     weights = torch.cat(all_scores, -1).softmax(-1).split([x.shape[-1] for x in all_scores], -1)
@@ -241,8 +242,8 @@ def varlen_attention(q, k, v, layout, only_ends, prefix):
     table = layout.table(("varlen", only_ends, q.device), lambda: varlen_table(layout, only_ends, q.device))
     places, *lengths = table
     k_own, v_own = k.index_select(0, places), v.index_select(0, places)
-    # With more keys than queries, "causal" lets the last query see all keys, the one before it all but one, and
-    # so on. So a completion's tokens see the whole context.
+    # With more keys than queries, "causal" lets the last query see all keys, the one before it all but one,
+    # and so on. So a completion's tokens see the whole context.
     if not prefix:
         return varlen_attn(q, k_own, v_own, *lengths, **CAUSAL)
     with_lse = AuxRequest(lse=True)

@@ -38,7 +38,8 @@ def hf_config(config, eot):
     return {
         **head, "model_type": "llama", "hidden_size": config.d_model, "intermediate_size": config.d_ff,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_head, "vocab_size": config.vocab_size, "rope_theta": config.rope_theta,
+        "num_key_value_heads": config.n_head, "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
         "max_position_embeddings": config.ctx, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "bos_token_id": None, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": "float32"}

@@ -1,7 +1,8 @@
 """Losses of the next tokens' logits, which are never held for all tokens at once.
 
-With a vocabulary of 50,000 the logits of 8,192 tokens take 800 MB in bf16, and their gradient as much again. So
-hidden states are turned into losses chunk by chunk: cross-entropy here, the losses of distillation in distill.py.
+With a vocabulary of 50,000 the logits of 8,192 tokens take 800 MB in bf16, and their gradient as much again.
+So hidden states are turned into losses chunk by chunk: cross-entropy here, the losses of distillation in
+distill.py.
 """
 import torch
 
@@ -45,9 +46,9 @@ def linear_loss(hidden, unembedding, row_loss, weight=None):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """linear_loss, chunk by chunk. A chunk's gradient is computed in the forward pass, while its logits are at
-    hand, and the backward pass only scales it. On a CPU in bf16 this is several times faster than torch's own
-    F.linear_cross_entropy."""
+    """linear_loss, chunk by chunk. A chunk's gradient is computed in the forward pass, while its logits are
+    at hand, and the backward pass only scales it. On a CPU in bf16 this is several times faster than torch's
+    own F.linear_cross_entropy."""
 
     @staticmethod
     def forward(ctx, hidden, unembedding, weight, row_loss):

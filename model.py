@@ -11,8 +11,8 @@ transformer with one more row of weights, the value head `score`.
   packed   tokens (T,), layout    comparisons end to end in one row: [context][completion 1][completion 2]…
   cached   tokens (n, t), cache   n sequences go on by t tokens each, behind a prefix that is stored once
 
-`attention` below defines what all three compute. attention.py computes the same faster. losses.py turns hidden
-states into losses of the next tokens without ever holding all of their logits.
+`attention` below defines what all three compute. attention.py computes the same faster. losses.py turns
+hidden states into losses of the next tokens without ever holding all of their logits.
 """
 import functools
 import math
@@ -107,7 +107,8 @@ class Cache:
         self.prefix_tokens = sum(len(part[0][0]) for part in self.prefix)
 
     def fork(self, n, room):
-        """n empty sequences, with room for `room` tokens each, behind what this cache's one sequence has read.
+        """n empty sequences, with room for `room` tokens each, behind what this cache's one sequence has
+        read.
         """
         if self.n != 1:
             raise ValueError(f"only one sequence can become a shared prefix, and this cache has {self.n}")
@@ -237,7 +238,8 @@ class GPT(nn.Module):
         """Draw all weights from `seed`, on the device where they are. Returns the model.
 
         1. Matrices: normal with std sqrt(2 / (5 d_model)). That is the usual 0.02 at a width of 1,000, and
-           larger for narrow models, which otherwise learn slowly at first (assumption; the paper says nothing).
+           larger for narrow models, which otherwise learn slowly at first (assumption; the paper says
+           nothing).
         2. Matrices whose output is added to the residual stream: smaller by sqrt(2 n_layer), as in GPT-2.
         3. The value head: std 1 / sqrt(d_model + 1), as in OpenAI's summarize-from-feedback.
         4. Norms: ones.

@@ -33,8 +33,8 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", default=["toy"],
-        help='files or folders of text: {"text"} JSON lines or .txt, plain or packed (.gz, .xz, .bz2, .zst); or '
-        "toy (default: toy)")
+        help='files or folders of text: {"text"} JSON lines or .txt, plain or compressed (.gz, .xz, .bz2, .zst); '
+        "or toy (default: toy)")
     add("--init", help="checkpoint folder to start from; it brings its size and tokenizer")
     add("--size", choices=SIZES, default="0.8m",
         help="size of a fresh model, by its parameters without embeddings (default: %(default)s)")

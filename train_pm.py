@@ -15,11 +15,10 @@ Objectives:
              L = log(1 + exp(-r)) if good, log(1 + exp(r)) if not
   imitation  cross-entropy of the best completion; no value head; scored by mean log-prob per token
 
---binarise (Section 4.3) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and BAD:B >
-GOOD:B, where GOOD and BAD are control texts before the completion. So the model never learns a ranking that
-finetuning would have to undo. Its rewards of completions without a control text mean nothing until
-finetuning, on ranked pairs without control texts, gives them a meaning; what finetuning starts from is the
-rest of the model.
+--binarise (Section 4.3) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and
+BAD:B > GOOD:B. GOOD and BAD are control texts, set before the completion. So the model learns to tell good
+from bad, but no ranking of its own that finetuning would have to undo. Its rewards for completions without a
+control text mean nothing yet: finetuning on ranked pairs, without control texts, gives them their meaning.
 """
 import argparse
 import math
@@ -42,12 +41,12 @@ from evals import pm
 from model import SIZES
 from ranks import pick_dtype, start
 
-# What the paper does in each stage (Section 4): learning rate as a multiple of the language model's,
-# comparisons in a step, weight of the LM loss. The paper gives no batch for pmp; 512 is ours.
+# For each stage what the paper does (Section 4): the learning rate as a multiple of the language model's, the
+# comparisons in a step, the weight of the LM loss. For pmp the paper gives no batch; 512 is our choice.
 STAGES = {"pmp": (0.1, 512, 1.0), "finetune": (0.01, 32, 0.0)}
 CONTROL = (" GOOD:", " BAD:")  # as text, so that any tokenizer has them
 EVAL_COMPARISONS = 4096  # an evaluation during training reads at most so many; evaluate.py reads all
-COUNTED = {  # what a loss is a mean over
+COUNTED = {  # what each objective's loss is a mean over
     "ranked": "comparisons", "binarised": "comparisons", "binary": "completions", "imitation": "tokens"}
 
 
@@ -162,8 +161,8 @@ def main():
 
     n_shortened = (np.diff(data.first)[train] - 1 > (args.max_completions or math.inf)).sum()
     if n_shortened:
-        ranks.say(f"{n_shortened} comparisons have more than --max_completions {args.max_completions}; of each so many "
-                  "are laid out")
+        ranks.say(f"{n_shortened} comparisons have more completions than --max_completions "
+                  f"{args.max_completions}; that many of each are used")
     mean_length, longest, longest_kept, longest_length = measure_rows(args, data, train, row_format)
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "
@@ -200,8 +199,8 @@ def check_flags(args):
 
 
 def build_model(args, files, wants_head, device):
-    """(model, tokenizer, meta of the checkpoint it comes from or None, True if this goes on with a stopped
-    run)."""
+    """(model, tokenizer, meta of the checkpoint that it comes from or None, True if a stopped run goes
+    on)."""
     earlier = trainer.resumed(args, "pm" if wants_head else "lm", files)
     if earlier:
         return *earlier, True
@@ -219,23 +218,25 @@ def build_model(args, files, wants_head, device):
 
 
 def ranked_loss(r_better, r_worse):
-    """log(1 + exp(r_worse - r_better)) of each pair (P,), in nats; P(better > worse) = sigmoid(r_better -
-    r_worse) (Section 2.1)."""
+    """log(1 + exp(r_worse - r_better)) of each pair, in nats: (P,), (P,) -> (P,) (Section 2.1).
+
+    It is -log P(better > worse), where P(better > worse) = sigmoid(r_better - r_worse).
+    """
     return F.softplus(r_worse - r_better)
 
 
 def binary_loss(rewards, is_good):
-    """-log sigmoid(r) of good completions, -log sigmoid(-r) of bad ones: rewards (K,), is_good (K,) -> (K,),
-    in nats."""
+    """-log sigmoid(r) of good completions and -log sigmoid(-r) of bad ones, in nats: rewards (K,), is_good
+    (K,) -> (K,)."""
     return F.softplus(torch.where(is_good, -rewards, rewards))
 
 
 def reward_loss(rewards, row, objective):
-    """(sum, count, metrics) of the rewards (K,) of a row's completions. It counts comparisons; for "binary"
-    completions.
+    """(sum, count, metrics) of a row, from the rewards (K,) of its completions. The count is of comparisons,
+    or of completions if the objective is binary.
 
-    A row knows its pairs, so "ranked" and "binarised" differ only in which pairs these are. A comparison's
-    pairs have weights that sum to 1, so each comparison counts once, however many completions it has.
+    "ranked" and "binarised" differ only in the pairs that the row brings. The weights of a comparison's pairs
+    sum to 1, so each comparison counts once, however many completions it has.
     """
     if objective == "binary":
         is_good = row.scores > 0
@@ -246,16 +247,17 @@ def reward_loss(rewards, row, objective):
 
 
 def pairs_right(scores, row):
-    """How many comparisons of a row are ranked right by the scores (K,) of its completions. Ties count half,
-    and a comparison of several pairs counts by its share of right ones."""
+    """How many comparisons of a row are ranked right by the scores (K,) of its completions. A tie counts
+    half, and a comparison of several pairs counts by the share of them that is right."""
     margin = scores.index_select(0, row.better) - scores.index_select(0, row.worse)
     return (row.pair_weight * ((margin > 0) + 0.5 * (margin == 0))).sum()
 
 
 def comparison_loss(model, row, objective, lm_weight=0.0):
-    """(sum, count, metrics) of a row, in nats; the count is of what COUNTED says.
+    """(sum, count, metrics) of a row, in nats. COUNTED says what is counted.
 
-    lm_weight: adds this times the LM loss of each comparison's best completion, a mean over its tokens.
+    lm_weight: the factor of the LM loss of each comparison's best completion (a mean over its tokens), which
+    is added.
     """
     if objective == "imitation":
         hidden = model(row.tokens, row.layout)
@@ -268,28 +270,30 @@ def comparison_loss(model, row, objective, lm_weight=0.0):
 
 
 def predicted_loss(model, hidden, row):
-    """Weighted sum of the cross-entropy of the tokens that a row predicts: hidden (T, d) of all tokens ->
-    scalar."""
+    """Weighted sum of the cross-entropy of a row's predicted tokens: hidden (T, d_model) of all tokens ->
+    scalar.
+    """
     return model.token_losses(hidden.index_select(0, row.source), row.tokens.index_select(0, row.target),
                               row.token_weight)[0]
 
 
 def lm_token_weights(row, objective):
-    """(M,) the weight of each predicted token, so that a completion's sum to 1: one for each thing that is
-    counted."""
+    """(M,) weights of the predicted tokens. They make of the sum a mean over each completion's tokens."""
     n_tokens = row.predicted.bincount()
     weights = 1 / n_tokens[row.predicted]
-    if objective == "binary":  # the preference loss counts completions, so a comparison of n counts n times
+    if objective == "binary":
+        # The loss is divided by the number of completions, so a comparison of n completions has to count n
+        # times.
         n_completions = row.owner.bincount()
         weights = weights * n_completions[row.owner[row.predicted]]
     return weights
 
 
 def held_out_figures(model, data, examples, objective, row_format, micro_tokens, ranks):
-    """Loss and accuracy on held-out comparisons. Accuracy is that of rewards, and for imitation of the mean
-    log-prob per token. For binarised models it is that of GOOD against BAD."""
-    # the loss, what it is a sum over, comparisons that are ranked right, comparisons with something to rank
-    sums = np.zeros(4)
+    """Loss and accuracy on held-out comparisons. The accuracy is that of the rewards, for imitation that of
+    the mean log-prob per token. A binarised model is asked which of GOOD and BAD suits a completion
+    better."""
+    sums = np.zeros(4)  # of the loss, of what it counts, of comparisons ranked right, of comparisons to rank
     predict = "best" if objective == "imitation" else None
     rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
     for numbers in rows[ranks.rank::ranks.world]:

@@ -31,18 +31,19 @@ RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "eval_every", "save_ev
 
 
 def trained_on(earlier, files, held_out):
-    """What a checkpoint remembers of the data that it and its ancestors were trained on, so that evaluation
-    can keep away from it: a list of {"file", "digest" of the content, "held_out" fraction of its groups}."""
+    """What a checkpoint remembers of the files that it and its ancestors were trained on, so that evaluation
+    can keep to the held-out groups: a list of {"file", "digest" of the content, "held_out" fraction of the
+    groups}.
+    """
     entries = [{"file": str(f), "digest": file_digest(f).hex(), "held_out": held_out} for f in files]
     return entries + [entry for entry in (earlier or {}).get("trained_on", []) if entry not in entries]
 
 
 def resumed(args, kind, files):
-    """(model, tokenizer, meta) of the run in --out, if --resume is given and it has a checkpoint; otherwise
-    None.
+    """(model, tokenizer, meta) of the run in --out if --resume is given and there is a checkpoint, else None.
 
-    Raises InputError where --out holds a run and --resume is missing, and where flags or the content of the
-    data `files` differ from those that the run began with.
+    Raises InputError if --out holds a run and --resume is missing, or if the flags or the content of the data
+    files are not those that the run began with.
     """
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
@@ -69,7 +70,7 @@ def resumed(args, kind, files):
 
 
 def learning_rate(args, peak, step, n_steps):
-    """The rate of the update that follows `step` updates: linear warm-up, then the schedule."""
+    """The learning rate after `step` steps: linear warm-up, then the schedule."""
     warmup = int(args.warmup * n_steps)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -93,17 +94,15 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
           metric_names=(), resumed_from=None, largest=None):
     """Train `model` in place and leave its checkpoint in --out. Returns the last evaluation's figures.
 
-    micro_batches(step): this rank's micro-batches of a step, on the CPU; a pure function, called in a thread
-    of its
-        own while the step before is computed. A batch has .to(device) and .pin_memory().
-    loss(model, batch) -> (sum, count, metrics): see the head of this file. metric_names: the keys of
-    `metrics`, for
-        ranks that have no batch. unit: what the count counts, for the log.
-    evaluate(model) -> dict of figures; called on all ranks. where(batch): its examples in words, for an error
-    message. meta: what the checkpoint shall remember. resumed_from: the meta of the run to go on with.
-    largest: the micro-batch that needs most memory, if it is larger than usual. It is computed once before
-    the first
-        step, so that a run that cannot fit fails then, and not after hours.
+    micro_batches(step): this rank's micro-batches of a step, on the CPU, each with .to(device) and
+        .pin_memory(). A pure function, called in a thread of its own while the step before is computed.
+    loss(model, batch) -> (sum, count, metrics): as the head of this file says.
+    evaluate(model) -> dict of figures. It is called on all ranks.
+    where(batch): the batch's examples in words, for an error message.
+    unit: what `count` counts, for the log. metric_names: the keys of `metrics`, for ranks without a batch.
+    meta: what the checkpoint is to remember. resumed_from: the meta of the run to go on with, or None.
+    largest: a micro-batch that needs more memory than the usual ones, or None. It is computed once before the
+        first step, so that a run that does not fit in memory fails then, and not after hours.
     """
     model.to(ranks.device)
     optimizer = make_optimizer(model, lr, args.weight_decay)
@@ -144,7 +143,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             rate = learning_rate(args, lr, step, n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(args.seed * 1_000_003 + step)  # if you add dropout, resumed runs stay exact
+            torch.manual_seed(args.seed * 1_000_003 + step)  # so resumed runs stay exact if you add dropout
             batches, sums, count, metrics = maker.batches(step), [], 0, dict.fromkeys(metric_names, 0.0)
             for batch in batches:
                 batch_sum, batch_count, batch_metrics = loss(model, batch)
@@ -177,8 +176,8 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
 
 
 class BatchMaker:
-    """Makes the next step's micro-batches in a thread, on a GPU in pinned memory, while a step is computed.
-    """
+    """Makes the next step's micro-batches in a thread while a step is computed; for a GPU in pinned
+    memory."""
 
     def __init__(self, micro_batches, n_steps, device):
         self.micro_batches, self.n_steps, self.device = micro_batches, n_steps, device
@@ -202,11 +201,11 @@ class BatchMaker:
 
 
 def scale_and_clip(optimizer, count, clip, ranks):
-    """Turn each rank's gradient of a summed loss into the gradient of the global mean, clipped. Returns its
-    norm before clipping, a tensor.
+    """Turn each rank's gradient of a summed loss into the gradient of the global mean, and clip it. Returns
+    its norm before clipping, a tensor.
 
-    One all-reduce a step on plain gradients, after the last micro-batch: a rank may have more micro-batches
-    than another, or none, which DistributedDataParallel's hooks do not allow.
+    Gradients are added up over ranks once a step, after the last micro-batch. A rank may have fewer
+    micro-batches than another, or none, which DistributedDataParallel's hooks do not allow.
     """
     gradients = []
     for group in optimizer.param_groups:
@@ -243,9 +242,9 @@ def report_non_finite(step, batches, sums, total, where, out):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask for a stop after the step under way.
+    """Ctrl-C and SIGTERM ask for a stop after the current step.
 
-    asked: this rank was asked. agreed: all ranks know that one of them was, and stop after the same step.
+    asked: this rank was asked to stop. agreed: all ranks know that some rank was, so they stop together.
     """
 
     def __enter__(self):
@@ -262,8 +261,8 @@ class StopSignal:
 
 
 class Log:
-    """Progress for people (a bar on a terminal, plain lines elsewhere) and metrics.jsonl for programs; rank 0
-    only."""
+    """Progress for people (a bar on a terminal, plain lines elsewhere) and metrics.jsonl for programs. Only
+    rank 0 writes."""
 
     def __init__(self, args, ranks, step, n_steps, unit):
         self.main, self.unit, self.n_steps, self.first_step = ranks.main(), unit, n_steps, step

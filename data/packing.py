@@ -4,9 +4,9 @@ A row holds comparisons end to end, without padding:
 
     [context][completion 1 <eoc>][completion 2 <eoc>] [context][completion 1 <eoc>] …
 
-Everything here is a pure function of (seed, step, example), and everything is made on the CPU, so that a
-device only has to multiply matrices. A run therefore resumes with one integer, and one rank or eight see the
-same batches.
+Everything here is a pure function of (seed, step, example). So a run resumes with one integer, and one rank
+or eight see the same batches. And everything is made on the CPU, one step ahead, so that a GPU never has to
+wait.
 """
 import bisect
 import copy
@@ -40,20 +40,21 @@ def step_examples(n, batch, seed, step):
 
 
 def spread(n, most):
-    """At most `most` of the numbers from 0 to n - 1, evenly spread."""
+    """At most `most` of the numbers from 0 to n - 1, spread evenly."""
     return range(0, n, max(1, -(-n // most)))
 
 
 def pack(lengths, capacity):
-    """Share items of these lengths among rows of at most `capacity` tokens, by best-fit decreasing.
+    """Share items of these lengths among rows of at most `capacity` tokens (best-fit decreasing).
 
-    Returns the rows, lists of item numbers (places in `lengths`). An item longer than `capacity` has a row to
-    itself. The longest items come first, so the first row needs the most memory.
+    The longest items are placed first, each into the fullest row that still has room for it. Returns the
+    rows, lists of item numbers (0 to len(lengths) - 1). An item longer than `capacity` has a row to itself.
+    The first row holds the longest item, so if memory runs out, it does so at once.
     """
     rows = []
-    free = []  # (tokens still free, row number) of each row that was begun, sorted
+    free = []  # (tokens still free, row number) of each row so far, sorted
     for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        fullest = bisect.bisect_left(free, (lengths[item], 0))  # of the rows with enough room
+        fullest = bisect.bisect_left(free, (lengths[item], 0))  # place in `free` of the fullest that has room
         if fullest < len(free):
             room, row = free.pop(fullest)
         else:
@@ -65,8 +66,8 @@ def pack(lengths, capacity):
 
 
 def balance(lengths, ranks):
-    """Share items among ranks so that each has about the same number of tokens: a list of item numbers for
-    each."""
+    """Share items among ranks so that all have about the same number of tokens. Returns each rank's item
+    numbers."""
     shares, load = [[] for _ in range(ranks)], [0] * ranks
     for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         rank = load.index(min(load))
@@ -82,20 +83,21 @@ def balance(lengths, ranks):
 class Layout:
     """Where the segments of a row lie. A segment is a context or a completion (with its <eoc>).
 
-    lengths: tokens of each segment, in row order. parents: for each segment the number of its context; a
-    context is its own parent, and stands directly before its completions. A token sees the tokens before it
-    in its own segment and its whole context. It never sees a sibling. Its position goes on from its context's
-    end, as if the context and this completion stood there alone.
+    lengths: tokens of each segment, in row order. parents: for each segment the number of its context. A
+    context is its own parent, and stands directly before its completions.
+
+    A token sees its whole context, and the tokens before it in its own segment. It never sees a sibling. A
+    completion's positions start where its context's end, as if the two stood alone.
     """
 
     def __init__(self, lengths, parents):
         self.lengths, self.parents = list(map(int, lengths)), list(map(int, parents))
-        self.starts = np.cumsum([0, *self.lengths]).tolist()  # of each segment, and the row's end
+        self.starts = np.cumsum([0, *self.lengths]).tolist()  # each segment's first place, and the row's end
         self.completions = [i for i, parent in enumerate(self.parents) if parent != i]  # segment numbers
-        self.ends = torch.tensor([self.starts[i + 1] - 1 for i in self.completions])  # (K,) their last tokens
+        self.ends = torch.tensor([self.starts[i + 1] - 1 for i in self.completions])  # (K,) their last places
         first_position = [0 if parent == i else self.lengths[parent] for i, parent in enumerate(self.parents)]
-        to_position = np.array(first_position) - self.starts[:-1]  # what to add to a place in the row
-        self.positions = torch.arange(self.starts[-1]) + self._each_token(to_position)  # (T,)
+        shift = np.array(first_position) - self.starts[:-1]  # from a token's place in the row to its position
+        self.positions = torch.arange(self.starts[-1]) + self._each_token(shift)  # (T,)
         self.segment = self._each_token(np.arange(len(self.lengths)))  # (T,) which segment a token is in
         self.context = self._each_token(self.parents)  # (T,) which segment is its context
         self._tables = {}
@@ -105,21 +107,19 @@ class Layout:
         return torch.from_numpy(np.repeat(values, self.lengths))
 
     def sees(self, query, key):
-        """True where the token at place `query` sees the token at place `key`, in the shape the two broadcast
-        to."""
+        """True where the token at place `query` sees the token at place `key`; the two are broadcast."""
         related = (self.segment[key] == self.segment[query]) | (self.segment[key] == self.context[query])
         return related & (key <= query)
 
     def visible(self, only_ends=False):
-        """(T, T) bool: which tokens (columns) each token (row) sees. With only_ends the rows are `ends`: (K,
-        T)."""
+        """(T, T) bool: which tokens (columns) each token (row) sees. With only_ends (K, T), for `ends` alone.
+        """
         places = torch.arange(self.starts[-1])
         queries = self.ends if only_ends else places
         return self.sees(queries[:, None], places)
 
     def table(self, name, build):
-        """What `build()` returned the first time it was asked for under this name: all layers use one table.
-        """
+        """The result of `build()`, which is called once for each name, as all layers use the same table."""
         if name not in self._tables:
             self._tables[name] = build()
         return self._tables[name]
@@ -133,9 +133,10 @@ class Layout:
 class RowFormat:
     """How comparisons are written into rows.
 
-    ctx: tokens that a context and one completion have room for. tokenizer: its `eot` and `eoc` are used. eoc:
-    each completion ends with <eoc>, where its reward is read; without, it is read at the completion's last
-    token. control: token ids of control texts; every completion then stands there once behind each of them.
+    ctx: tokens that a context and one completion have room for.
+    tokenizer: its special tokens `eot` and `eoc` are used.
+    eoc: end each completion with <eoc>, where its reward is read. Otherwise it is read at the last token.
+    control: token ids of control texts. Every completion is then laid out once behind each of them.
     """
     ctx: int
     tokenizer: object
@@ -144,37 +145,36 @@ class RowFormat:
 
     @property
     def copies(self):
-        """The token ids to set before each copy of a completion: those of each control text, or nothing,
-        once."""
+        """What stands before each copy of a completion: the control texts, or for a single copy nothing."""
         return self.control or ((),)
 
     def context_room(self, lengths):
-        """Tokens that a context may have, given the lengths [context, completion, …] of a comparison.
+        """How many tokens of context fit, given the lengths [context, completion, …] of a comparison.
 
-        The longest completion counts even if it is not laid out. So a comparison's context is the same
-        whichever of its completions a step takes, and the same as in evaluation.
+        The longest completion counts even when a step does not lay it out. So the context is cut at the same
+        place whichever completions a step takes, and as in evaluation.
         """
         return self.comparison_room - max(lengths[1:]) - 1
 
     @property
     def comparison_room(self):
-        """Tokens that are left of ctx beside the longest control text."""
+        """Tokens of ctx that the longest control text leaves."""
         return self.ctx - max(map(len, self.control), default=0)
 
     def end_of(self, length):
-        """The tokens that follow a completion of this length. An empty one needs a token to read its reward
-        at."""
+        """The tokens to set behind a completion of this length. An empty one always needs one, to read its
+        reward at."""
         return [self.tokenizer.eoc] if self.eoc or length == 0 else []
 
 
 class TensorBatch:
-    """A batch whose tensors move together, as a single tensor would with the methods of these names."""
+    """A batch whose tensors move together: `to` and `pin_memory` do what they do for one tensor."""
 
     def to(self, device, non_blocking=False):
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self):
-        """The same in memory that a GPU can copy from while the program goes on."""
+        """A copy in memory that a GPU can read while the program goes on."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, function):
@@ -189,34 +189,33 @@ class TensorBatch:
 class Row(TensorBatch):
     """Comparisons end to end, and all that their losses need besides hidden states.
 
-    T tokens, C comparisons, K completions (with control texts a completion counts once for each), P pairs, M
-    predicted tokens. The last group of fields is None until `predicting` fills it.
+    It has T tokens, C comparisons, K completions (each copy behind a control text is one), P pairs, and M
+    predicted tokens. The last group of fields is None until `predicting` fills it in.
     """
     tokens: torch.Tensor  # (T,)
     layout: Layout
     examples: np.ndarray  # (C,) number of each comparison in the data set
 
-    owner: torch.Tensor  # (K,) which of the row's comparisons each completion belongs to, 0 to C - 1
-    completion: np.ndarray  # (K,) which completion of its comparison it is
-    scores: torch.Tensor  # (K,) the data's score of each completion, fp32
-    best: np.ndarray  # (K,) True for each comparison's first completion of the highest score
-    starts: torch.Tensor  # (K,) place of each completion's first token
-    ends: torch.Tensor  # (K,) place of its last one, <eoc> if it has one: the reward is read here
+    owner: torch.Tensor  # (K,) the comparison of the row that each completion belongs to, 0 to C - 1
+    scores: torch.Tensor  # (K,) its score in the data, fp32
+    best: np.ndarray  # (K,) True for the first completion of the highest score in each comparison
+    starts: torch.Tensor  # (K,) place of its first token
+    ends: torch.Tensor  # (K,) place of its last token, usually <eoc>: the reward is read here
 
-    better: torch.Tensor  # (P,) of each pair the completion that should have the higher reward, 0 to K - 1
-    worse: torch.Tensor  # (P,) and the other one
+    better: torch.Tensor  # (P,) the completion of each pair that should have the higher reward, 0 to K - 1
+    worse: torch.Tensor  # (P,) the other completion of the pair
     pair_weight: torch.Tensor  # (P,) the weights of a comparison's pairs sum to 1
 
-    source: torch.Tensor | None = None  # (M,) place of the hidden state that a token is predicted from
-    target: torch.Tensor | None = None  # (M,) place of this token
-    predicted: torch.Tensor | None = None  # (M,) the completion that it belongs to, 0 to K - 1
-    token_weight: torch.Tensor | None = None  # (M,) factor of its loss; None: 1
+    source: torch.Tensor | None = None  # (M,) place of the hidden state that predicts each predicted token
+    target: torch.Tensor | None = None  # (M,) place of that token
+    predicted: torch.Tensor | None = None  # (M,) the completion that the token belongs to, 0 to K - 1
+    token_weight: torch.Tensor | None = None  # (M,) factor of its loss, or None for 1
 
     def predicting(self, which):
-        """The same row with the tokens that a language-model loss predicts (`source`, `target`, `predicted`).
+        """The same row with `source`, `target` and `predicted`, for a language-model loss.
 
-        which: "best": each comparison's best completion and the <eoc> behind it. "all": all completions,
-        without <eoc>, which a plain language model has never seen.
+        which: "best" predicts the best completion of each comparison and its <eoc>; "all" predicts all
+        completions, without <eoc>, which a plain language model has never seen.
         """
         source, target, predicted = [], [], []
         for k, segment in enumerate(self.layout.completions):
@@ -225,7 +224,7 @@ class Row(TensorBatch):
                 continue
             places = np.arange(begin, end)
             target.append(places)
-            # The first token is predicted from the context's last one, which need not be the one before it.
+            # A completion's first token is predicted at its context's end, which may lie before its siblings.
             context_end = self.layout.starts[self.layout.parents[segment] + 1] - 1
             source.append(np.concatenate([[context_end], places[:-1]]))
             predicted.append(np.full(len(places), k))
@@ -236,7 +235,7 @@ class Row(TensorBatch):
 
 
 def packed_lengths(data, examples, row_format, kept=None):
-    """How many tokens each example takes in a row: a list of numbers. `kept` as for make_row."""
+    """How many tokens make_row takes for each of these examples: a list of numbers."""
     totals = []
     for i, example in enumerate(examples):
         lengths = data.lengths(example).tolist()
@@ -251,7 +250,8 @@ def packed_lengths(data, examples, row_format, kept=None):
 
 
 def whole_lengths(data, row_format):
-    """(C,) how many tokens each comparison of a data set takes in a row with all of its completions."""
+    """(C,) how many tokens each comparison of a data set takes with all of its completions: packed_lengths
+    for whole data sets, by arrays instead of one by one."""
     sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])
     n_completions = np.diff(data.first) - 1
     in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]
@@ -265,13 +265,14 @@ def whole_lengths(data, row_format):
 def make_row(data, examples, row_format, kept=None, predict=None):
     """Write comparisons of a data set (with `.segments(i)`, `.lengths(i)` and `.scores(i)`) into one Row.
 
-    kept: for each example the numbers of the completions to lay out, or None for all of them. A context that
-    is too long is cut on the left. An empty context becomes <eot>, as at the beginning of a document, so that
-    a completion's first token is predicted from something. predict: which tokens to predict, see
-    Row.predicting.
+    kept: for each example the numbers of the completions to lay out, or None for all of them.
+    predict: which tokens to predict, as for Row.predicting, or None for no language-model loss.
+
+    A context that is too long is cut on the left. An empty context becomes <eot>, as at a document's
+    beginning, so that there is something to predict a completion's first token from.
     """
     parts, lengths, parents = [], [], []  # of segments
-    owner, completion, scores, best = [], [], [], []  # of completions
+    owner, scores, best = [], [], []  # of completions
     row_pairs = []  # of comparisons
     for c, example in enumerate(examples):
         context, *completions = data.segments(example)
@@ -292,7 +293,6 @@ def make_row(data, examples, row_format, kept=None, predict=None):
                 lengths.append(len(mark) + len(completions[k]) + len(end))
                 parents.append(parent)
                 owner.append(c)
-                completion.append(k)
                 scores.append(kept_scores[i])
                 best.append(i == kept_scores.argmax() and copy == 0)
 
@@ -301,7 +301,7 @@ def make_row(data, examples, row_format, kept=None, predict=None):
     tokens = np.concatenate(parts).astype(np.int64)
     row = Row(
         tokens=torch.from_numpy(tokens), layout=layout, examples=np.asarray(examples),
-        owner=torch.tensor(owner), completion=np.asarray(completion), best=np.asarray(best),
+        owner=torch.tensor(owner), best=np.asarray(best),
         scores=torch.tensor(np.asarray(scores), dtype=torch.float32),
         starts=torch.tensor([layout.starts[i] for i in layout.completions]), ends=layout.ends,
         better=torch.from_numpy(better), worse=torch.from_numpy(worse),
@@ -310,10 +310,11 @@ def make_row(data, examples, row_format, kept=None, predict=None):
 
 
 def _pairs_in_row(scores, first, binarised):
-    """The pairs (better, worse, weight) of a comparison whose completions begin at number `first` of the row.
+    """(better, worse, weight) of a comparison's pairs. `first`: the number of its first completion in the
+    row.
 
-    Binarised, each completion stands there twice, as GOOD and then as BAD, and each ranked pair A > B gives
-    the two independent pairs GOOD:A > BAD:A and BAD:B > GOOD:B (Section 4.3).
+    Binarised, each completion is there twice, as GOOD and right behind it as BAD. Each ranked pair A > B then
+    gives two independent pairs, GOOD:A > BAD:A and BAD:B > GOOD:B (Section 4.3).
     """
     better, worse = pairs(scores)
     if binarised:

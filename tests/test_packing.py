@@ -116,7 +116,6 @@ def test_a_row_is_contexts_and_completions_end_to_end(tmp_path):
     assert row.tokens.dtype == torch.int64
     assert row.examples.tolist() == [1, 0]
     assert row.owner.tolist() == [0, 0, 0, 1, 1]
-    assert row.completion.tolist() == [0, 1, 2, 0, 1]
     assert row.scores.tolist() == [2, 5, 5, 0, 1]
     assert row.best.tolist() == [False, True, False, False, True]  # the first of the highest score
     assert row.starts.tolist() == [5, 7, 8, 13, 15]
@@ -132,7 +131,7 @@ def test_only_the_chosen_completions_are_laid_out(tmp_path):
     data = load(tmp_path, ("Q", ["a", "b", "c"], [1, 3, 2]), ("R", ["d"], [0]))
     row = make_row(data, np.array([0, 1]), HUNDRED, [[0, 2], None])
     assert shown(row) == "Qa<eoc>c<eoc>Rd<eoc>"
-    assert (row.completion.tolist(), row.scores.tolist(), row.best.tolist()) == ([0, 2, 0], [1, 2, 0], [False, True, True])
+    assert (row.scores.tolist(), row.best.tolist()) == ([1, 2, 0], [False, True, True])
     assert packed_lengths(data, [0, 1], HUNDRED, [[0, 2], None]) == [5, 3]
 
 
