@@ -484,7 +484,7 @@ def measure_scoring(args, ranks, model, data, tokenizer, prompt):
 
     def ours(examples):
         prefix = read(model, prompt)[0].as_prefix()
-        return np.concatenate(pm.score_all(model, data, examples, "sum", ROOM, tokenizer, at_once, device, prefix=prefix))
+        return np.concatenate(pm.score_all(model, data, examples, "sum", RowFormat(ROOM, tokenizer), at_once, prefix=prefix))
 
     @torch.no_grad()
     def naive(texts):

@@ -43,7 +43,7 @@ def parse_args():
         return own
 
     own = add("pm", accuracy, "accuracy and calibration of a preference model on comparisons", "comparison files or folders, or toy (default: toy)")
-    own.add_argument("--score", choices=pm.SCORES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
+    own.add_argument("--score", choices=pm.RULES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
                      "log-probs (default: reward; mean for a language model)")
     own.add_argument("--skip_no_context", action="store_true", help="do not score the completions without their contexts too: a quarter of the time")
     add("hhh", multiple_choice, "which of two answers is the helpful, honest, harmless one?", "BIG-bench's task.json files or their folder, comparison files with "
@@ -116,7 +116,7 @@ def accuracy(args):
     data = load_comparisons(files, subject.tokenizer)
     examples = pick_examples(subject, data, files, args.split)
     scores = subject.score(data, examples, how, progress="scoring")
-    others = {} if args.skip_no_context else {"no context": subject.score(data, examples, how, instead=[subject.tokenizer.eot], progress="without context")}
+    others = {} if args.skip_no_context else {"no context": subject.score(data, examples, how, context_ids=[subject.tokenizer.eot], progress="without context")}
     if args.ensemble:
         others |= rerank.ensemble(args, files, data, examples, scores, how)
     return report(args, data, examples, scores, others, how)

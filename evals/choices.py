@@ -148,8 +148,8 @@ def score(subject, records, data, examples):
     rulers["shortest"] = [-x for x in rulers["longest"]]
     if subject.is_pm:
         return {"reward": subject.score(data, examples, "reward", progress="scoring")}, {
-            "no context": subject.score(data, examples, "reward", instead=empty, progress="without context")} | rulers
-    given, alone = (subject.score(data, examples, "sum", instead=context, progress=words) for context, words in ((None, "scoring"), (empty, "without context")))
+            "no context": subject.score(data, examples, "reward", context_ids=empty, progress="without context")} | rulers
+    given, alone = (subject.score(data, examples, "sum", context_ids=context, progress=words) for context, words in ((None, "scoring"), (empty, "without context")))
     tokens = [np.maximum(data.lengths(i)[1:], 1) for i in examples]
     scores = {"mi": [g - a for g, a in zip(given, alone)], "mean": [g / n for g, n in zip(given, tokens)], "sum": given}
     return scores, {"no context": alone} | rulers

@@ -1,89 +1,137 @@
-"""Scoring completions and measuring how well the scores agree with the data: accuracy, its standard error, null rulers,
-calibration (Sections 2 to 4 of the paper)."""
+"""Scores of completions, and how well they agree with the data: accuracy and its standard error, calibration
+(Sections 2 to 4 of the paper)."""
 import math
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.packing import RowFormat, make_row, pack, packed_lengths
+from data.comparisons import Comparisons, pairs
+from data.errors import InputError
+from data.packing import make_row, pack, packed_lengths
 
-SCORES = ("reward", "mean", "sum")
+RULES = ("reward", "mean", "sum")  # how a completion is scored, see completion_scores
 
 
-def completion_scores(model, hidden, row, how):
-    """One score per completion (K,) of a packed row with hidden states (T, d_model); for rewards those at the completions'
-    ends, (K, d_model), do.
+# ------------------------------------------------------------------------------------------------------------
+# Scores
 
-    how: "reward", the value head at <eoc>; "mean" or "sum", the log-prob per token or in all of the completion's tokens
-    given its context, in nats. <eoc> is not counted there: a plain language model has never seen it.
+
+def completion_scores(model, hidden, row, rule):
+    """The scores (K,) of the completions of a packed row.
+
+    rule: "reward", what the value head says at a completion's end; `hidden` (K, d_model) are the states at
+    the ends. "mean" or "sum": the log-prob of the completion's tokens given its context, in nats, per token
+    or in total; `hidden` (T, d_model) are the states of all tokens. <eoc> is not counted, as a plain language
+    model has never seen it.
     """
-    if how == "reward":
+    if rule == "reward":
         return model.rewards(hidden)
-    _, losses = model.token_losses(hidden[row.source], row.tokens[row.target])
-    total = torch.zeros(len(row.ends), dtype=losses.dtype, device=losses.device).index_add_(0, row.predicted, -losses)
-    return total / (row.ends - row.starts).clamp(min=1) if how == "mean" else total
+    targets = row.tokens.index_select(0, row.target)
+    _, losses = model.token_losses(hidden.index_select(0, row.source), targets)
+    total = torch.zeros(len(row.ends), dtype=losses.dtype, device=losses.device)
+    total.index_add_(0, row.predicted, -losses)
+    return total / (row.ends - row.starts).clamp(min=1) if rule == "mean" else total
 
 
 @torch.no_grad()
-def score_all(model, data, examples, how, ctx, tokenizer, at_once, device, instead=None, prefix=None, progress=None, eoc=True):
-    """Scores of all completions of the given comparisons: a list with one array (completions,) per example.
+def score_all(model, data, examples, rule, row_format, micro_tokens, context_ids=None, prefix=None,
+              progress=None):
+    """The scores of all completions of the comparisons numbered `examples`: a list of arrays (completions,).
 
-    how: one of SCORES, or a function as completion_scores (model, hidden, row) -> (K,). Longest rows come first. instead:
-    token ids in place of every context, such as <eot>, a null ruler; a completion of several comparisons is then read once.
-    prefix: a cache of the prompt that stands before all. eoc: whether completions end with <eoc>, as the model was trained;
-    log-probs are read with it.
+    rule: one of RULES, or a function of (model, hidden, row) that returns an array (K, …) in place of
+    completion_scores. context_ids: token ids that stand in place of every context, to score completions by
+    themselves; a completion of several comparisons is then computed once. prefix: a cache of the prompt
+    before everything. progress: words for a progress bar. Longest rows come first.
+
+    Raises InputError if a score is not a finite number.
     """
-    if instead is not None:
-        texts = [data.segments(i)[1:] for i in examples]
-        distinct = {ids.tobytes(): ids for row in texts for ids in row}  # each completion, by its bytes
-        alone = Texts([[instead, ids] for ids in distinct.values()])
-        scores = score_all(model, alone, np.arange(len(distinct)), how, ctx, tokenizer, at_once, device, prefix=prefix, progress=progress, eoc=eoc)
-        found = dict(zip(distinct, np.concatenate(scores)))
-        return [np.array([found[ids.tobytes()] for ids in row]) for row in texts]
+    if context_ids is not None:
+        data, positions = _distinct_completions(data, examples, context_ids)
+        examples = np.arange(len(data))
+    device = model.unembedding.device
     scores = [None] * len(examples)
-    row_format = RowFormat(ctx, tokenizer, eoc)
-    lengths = packed_lengths(data, examples, row_format)
-    for numbers in tqdm(pack(lengths, at_once), desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], row_format, predict=None if how == "reward" else "all").to(device)
-        hidden = model(row.tokens, row.layout, prefix, only_ends=how == "reward")
-        values = how(model, hidden, row) if callable(how) else completion_scores(model, hidden, row, how)
-        values = values.cpu().double().numpy()
-        owner = row.owner.cpu().numpy()
-        for j, number in enumerate(numbers):
-            scores[number] = values[owner == j]
+    rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
+    for numbers in tqdm(rows, desc=progress, unit="row", disable=None if progress else True, leave=False):
+        row = make_row(data, examples[numbers], row_format, predict=None if rule == "reward" else "all")
+        comparison_ends = np.cumsum(np.bincount(row.owner.numpy()))
+        row = row.to(device)
+        hidden = model(row.tokens, row.layout, prefix, only_ends=rule == "reward")
+        values = rule(model, hidden, row) if callable(rule) else completion_scores(model, hidden, row, rule)
+        values = values.cpu().double().numpy()  # 64 bits on the CPU only: not every device has them
+        for number, part in zip(numbers, np.split(values, comparison_ends[:-1])):
+            if not np.isfinite(part).all():
+                raise InputError(f"{data.where(examples[number])}: the model gives a score that is not a "
+                                 "finite number; its weights may be damaged")
+            scores[number] = part
+    if context_ids is not None:
+        scores = np.concatenate(scores)
+        return [scores[numbers] for numbers in positions]
     return scores
 
 
-class Texts:
-    """[context, completion] token ids as a data set of comparisons of one completion each, as score_all reads it."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def segments(self, i):
-        return self.parts[i]
-
-    def scores(self, i):
-        return np.zeros(1)
-
-    def lengths(self, i):
-        return np.array([len(part) for part in self.parts[i]])
+def _distinct_completions(data, examples, context_ids):
+    """(Comparisons with each different completion of the examples once, behind this context; for each example
+    the numbers of its completions there)."""
+    numbers = {}  # of each completion, by the bytes of its token ids
+    positions = [[numbers.setdefault(ids.tobytes(), len(numbers)) for ids in data.segments(i)[1:]]
+                 for i in examples]
+    texts = [[context_ids, np.frombuffer(ids, data.tokens.dtype)] for ids in numbers]
+    return tokenised_comparisons(texts), positions
 
 
-def pairs_of(truth):
-    """All (better, worse) completions of one comparison by the data's scores (n,): two index arrays."""
-    return np.nonzero(truth[:, None] > truth)
+def tokenised_comparisons(texts, files=("text",), lines=None):
+    """Comparisons without scores of token ids in memory, [[context, completion, completion, …], …].
+
+    files, lines (C, 2): where they come from, as Comparisons tells it in messages.
+    """
+    segments = [np.asarray(ids, np.int64) for comparison in texts for ids in comparison]
+    numbers = np.arange(len(texts))
+    return Comparisons(
+        tokens=np.concatenate(segments), offsets=np.cumsum([0, *map(len, segments)]),
+        chars=np.zeros(len(segments)), segment_scores=np.zeros(len(segments)),
+        first=np.cumsum([0, *map(len, texts)]), groups=numbers.astype(np.uint64), files=list(files),
+        lines=np.stack([0 * numbers, numbers + 1], 1) if lines is None else lines, counts={})
 
 
-def margins(truths, scores):
-    """(margin, weight, comparison), each (P,): score of the better minus that of the worse completion for every pair with
-    different true scores. A comparison's weights sum to 1, so that each comparison counts once."""
-    rows = []
-    for i, (truth, score) in enumerate(zip(truths, scores)):
-        better, worse = pairs_of(truth)
-        rows.append(np.stack([score[better] - score[worse], np.full(len(better), 1 / max(1, len(better))), np.full(len(better), i)]))
-    margin, weight, comparison = np.concatenate(rows, 1) if rows else np.zeros((3, 0))
+def examples_to_score(data, ctx, wanted, to_rank=False):
+    """The numbers of the comparisons to score: those that are marked in `wanted` (C,), that fit in `ctx`
+    tokens, and, if they are to be ranked, whose scores are not all equal.
+
+    Prints how many are left out, and how many contexts are cut on the left. Raises InputError if none is
+    left.
+    """
+    fits = data.fits(ctx)
+    can_be_ranked = data.differ() if to_rank else fits
+    if (wanted & ~(fits & can_be_ranked)).any():
+        equal = f", {(wanted & fits & ~can_be_ranked).sum()} whose scores are all equal" if to_rank else ""
+        print(f"left out: {(wanted & ~fits).sum()} comparisons with a completion longer than --ctx {ctx}"
+              f"{equal}")
+    usable = wanted & fits & can_be_ranked
+    if not usable.any():
+        raise InputError(f"{data.files[0]}: no comparison is left to score")
+    if n_cut := (usable & data.is_cut(ctx)).sum():
+        print(f"{n_cut} of {usable.sum()} contexts are cut on the left to fit in --ctx {ctx}")
+    return np.flatnonzero(usable)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How well scores agree with the data
+
+
+def margins(true_scores, scores):
+    """All pairs of completions of different true score: (margin, weight, comparison), each (P,).
+
+    true_scores, scores: for each comparison an array (completions,). A margin is the better completion's
+    score minus the worse one's. The weights of a comparison's pairs sum to 1, so that each comparison counts
+    once.
+    """
+    parts = [np.zeros((3, 0))]
+    for number, (truth, score) in enumerate(zip(true_scores, scores)):
+        better, worse = pairs(truth)
+        n = len(better)
+        parts.append([score[better] - score[worse], np.full(n, 1 / max(1, n)), np.full(n, number)])
+    margin, weight, comparison = np.concatenate(parts, axis=1)
     return margin, weight, comparison.astype(int)
 
 
@@ -93,43 +141,53 @@ def right(margin):
 
 
 def mean_and_error(values, weights, groups):
-    """Weighted mean and its standard error by group (clusters): values, weights, groups (P,). NaN error for one group."""
+    """The weighted mean and its standard error, taken over groups: values, weights, groups (P,).
+
+    The values of one group may hang together, so a group counts as one observation. One group alone has no
+    error: NaN.
+    """
     mean = np.average(values, weights=weights)
-    _, cluster = np.unique(groups, return_inverse=True)
-    sums = np.bincount(cluster, weights * (values - mean))
-    g = len(sums)
-    return float(mean), float(np.sqrt((sums**2).sum() * g / (g - 1)) / weights.sum()) if g > 1 else math.nan
+    _, group_numbers = np.unique(groups, return_inverse=True)
+    sums = np.bincount(group_numbers, weights * (values - mean))
+    n = len(sums)
+    error = math.sqrt((sums ** 2).sum() * n / (n - 1)) / weights.sum() if n > 1 else math.nan
+    return float(mean), float(error)
 
 
 def figure(key, mean, error):
-    """A mean and its standard error under their names in an evaluation's JSON line, which has no NaN."""
+    """A mean and its standard error as they stand in an evaluation's JSON line, which has no NaN."""
     return {key: mean, f"{key}_se": None if math.isnan(error) else error}
 
 
 def calibration(margin, weight, bins=10):
-    """How well P(A > B) = sigmoid(r_A - r_B) is calibrated: (Brier score, expected calibration error, reliability table).
+    """How well P(A > B) = sigmoid(r_A - r_B) is calibrated: (Brier score, expected calibration error, table).
 
-    The Brier score is the mean of (1 - P(better > worse))^2: 0 is perfect, 0.25 is what always saying 0.5 gives. The
-    table has a row per bin of the predicted winner's probability: (from, to, pairs, mean probability, accuracy).
+    The Brier score is the mean of (1 - P(better > worse))^2: 0 is perfect, and always saying 50 % gives 0.25.
+    The table has a row for each bin of the predicted winner's probability: (from, to, pairs, mean
+    probability, accuracy).
     """
     p_better = 1 / (1 + np.exp(-np.clip(margin, -500, 500)))
     brier = np.average((1 - p_better) ** 2, weights=weight)
-    confidence, hit = np.maximum(p_better, 1 - p_better), right(margin)
+    confidence = np.maximum(p_better, 1 - p_better)
     edges = np.linspace(0.5, 1, bins + 1)
-    which = np.clip(np.searchsorted(edges, confidence, "right") - 1, 0, bins - 1)
+    bin_numbers = np.clip(np.searchsorted(edges, confidence, "right") - 1, 0, bins - 1)
     table, error = [], 0.0
-    for b in range(bins):
-        inside = which == b
-        if inside.any():
-            w = weight[inside]
-            mean_confidence, accuracy = np.average(confidence[inside], weights=w), np.average(hit[inside], weights=w)
-            table.append((float(edges[b]), float(edges[b + 1]), int(inside.sum()), float(mean_confidence), float(accuracy)))
-            error += w.sum() * abs(mean_confidence - accuracy)
-    return float(brier), float(error / weight.sum()), table
+    for b in np.unique(bin_numbers):
+        inside = bin_numbers == b
+        mean_confidence = np.average(confidence[inside], weights=weight[inside])
+        accuracy = np.average(right(margin[inside]), weights=weight[inside])
+        error += weight[inside].sum() / weight.sum() * abs(mean_confidence - accuracy)
+        table.append((float(edges[b]), float(edges[b + 1]), int(inside.sum()), float(mean_confidence),
+                      float(accuracy)))
+    return float(brier), float(error), table
 
 
 def by_margin(margin, weight, parts=4):
-    """Accuracy in quarters of |margin|, smallest first: rows (from, to, pairs, accuracy)."""
+    """Accuracy in quarters of |margin|, the smallest first: rows (from, to, pairs, accuracy)."""
+    table = []
     order = np.argsort(np.abs(margin), kind="stable")
-    return [(float(abs(margin[part[0]])), float(abs(margin[part[-1]])), len(part), float(np.average(right(margin[part]), weights=weight[part])))
-            for part in np.array_split(order, parts) if len(part)]
+    for part in np.array_split(order, min(parts, len(order))):
+        accuracy = np.average(right(margin[part]), weights=weight[part])
+        low, high = np.abs(margin[part[[0, -1]]]).tolist()
+        table.append((low, high, len(part), float(accuracy)))
+    return table

@@ -10,6 +10,7 @@ import checkpoint
 import plan
 from data.errors import InputError
 from data.files import file_digest
+from data.packing import RowFormat
 from data.prompts import NAMES, STOPS, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
@@ -58,8 +59,8 @@ class Subject:
 
     def score(self, data, examples, how, **more):
         """pm.score_all of this model behind its prompt."""
-        eoc = how != "reward" or self.meta.get("eoc", True)
-        return pm.score_all(self.model, data, examples, how, self.ctx, self.tokenizer, self.at_once, self.device, prefix=self.prefix, eoc=eoc, **more)
+        row_format = RowFormat(self.ctx, self.tokenizer, eoc=how != "reward" or self.meta.get("eoc", True))
+        return pm.score_all(self.model, data, examples, how, row_format, self.at_once, prefix=self.prefix, **more)
 
 
 def add_model_flags(parser):
@@ -120,9 +121,9 @@ def reward_function(folder, args):
 
     def rewards(contexts, texts):
         clean = lambda text: tokenizer.encode(text.replace("<eot>", "").replace("<eoc>", ""))
-        data = pm.Texts([[clean(c), clean(t)[:ctx - 2]] for c, t in zip(contexts, texts)])  # cut where they exceed ctx
-        return np.concatenate(pm.score_all(model, data, np.arange(len(texts)), "reward", ctx, tokenizer, at_once, device, progress="judging",
-                                           eoc=meta.get("eoc", True)))
+        data = pm.tokenised_comparisons([[clean(c), clean(t)[:ctx - 2]] for c, t in zip(contexts, texts)])  # cut where they exceed ctx
+        row_format = RowFormat(ctx, tokenizer, eoc=meta.get("eoc", True))
+        return np.concatenate(pm.score_all(model, data, np.arange(len(texts)), "reward", row_format, at_once, progress="judging"))
     return rewards, meta
 
 

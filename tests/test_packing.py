@@ -153,9 +153,9 @@ def test_without_context_each_completion_has_the_score_it_has_behind_eot_and_is_
     model, read = make_model(value_head=True, vocab=BYTES.vocab_size, ctx=64), []
     forward = model.forward
     model.forward = lambda tokens, *more, **named: read.append(len(tokens)) or forward(tokens, *more, **named)
-    score = lambda records, **more: score_all(model, load(tmp_path, *records), np.arange(3), how, 64, BYTES, 1000, "cpu", **more)
+    score = lambda records, **more: score_all(model, load(tmp_path, *records), np.arange(3), how, RowFormat(64, BYTES), 1000, **more)
     expected = score([("", *rest) for _, *rest in records])
-    for ours, plain in zip(score(records, instead=[BYTES.eot]), expected, strict=True):
+    for ours, plain in zip(score(records, context_ids=[BYTES.eot]), expected, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-12)
     assert read == [1 + 5 + 1 + 7 + 1 + 2, 3 + 4 + 3]  # <eot>s and completions with their <eoc>: of all comparisons, then of a, bc and d
 
