@@ -82,6 +82,11 @@ def add_training_flags(parser, batch, batch_unit, batch_default, lr_default, sch
     add_device_flags(parser)
 
 
+def eval_interval(args, n_steps):
+    """Steps from one evaluation to the next, or 0 for no evaluation at all."""
+    return math.ceil(n_steps / 10) if args.eval_every is None else args.eval_every
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Default learning rates
 
@@ -150,7 +155,10 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
     blocks, total = model.n_params()
     config = model.config
     memory = STATE_BYTES * total + CAST_BYTES * blocks + micro_tokens * token_bytes(config)
-    flags = " ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None and v is not False)
+    flags = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    if flags.get("init"):  # the checkpoint brings these
+        flags = {name: value for name, value in flags.items() if name not in ("size", "tokenizer")}
+    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
     data = "\n".join(lines)
     ranks.say(f"flags: {flags}\nmodel: {config.n_layer} layers x {config.d_model}, {config.n_head} heads, "
               f"ctx {config.ctx}, vocabulary {config.vocab_size:,}; {blocks / 1e6:.2f}M parameters in the "

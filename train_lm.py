@@ -27,6 +27,7 @@ from model import SIZES
 from ranks import pick_dtype, start
 
 EVAL_TOKENS = 2**18  # held-out tokens that an evaluation reads at most
+EVAL_COST = 0.2  # all evaluations together cost at most this part of the training
 
 
 def parse_args():
@@ -79,6 +80,9 @@ def main():
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
     lr = args.lr or plan.lm_rate(model.config.d_model)
     micro_batch = max(1, plan.micro_tokens(args, model, ranks.device) // ctx)  # windows
+    n_evaluations = math.ceil(n_steps / (plan.eval_interval(args, n_steps) or n_steps))
+    # A held-out token costs a third of a training token, as it has no backward pass.
+    eval_tokens = min(EVAL_TOKENS, int(3 * EVAL_COST * n_steps * batch * ctx / n_evaluations))
 
     def micro_batches(step):
         epoch, i = divmod(step, steps_per_epoch)
@@ -89,14 +93,14 @@ def main():
         return window_loss(model, batch), batch[:, 1:].numel(), {}
 
     def evaluate(model):
-        return held_out_loss(model, held_out, tokenizer, ctx, micro_batch, ranks)
+        return held_out_loss(model, held_out, tokenizer, ctx, eval_tokens, micro_batch, ranks)
 
     def where(batch):
         return f"{len(batch)} windows, the first beginning {tokenizer.decode(batch[0, :12].tolist())!r}"
 
     plan.print_plan(args, ranks, model, n_steps, lr, micro_batch * ctx, [
-        f"data: {len(text.tokens):,} training tokens, {len(held_out.tokens):,} held out; a step: {batch} x "
-        f"{ctx} tokens; an epoch: {steps_per_epoch:,} steps"])
+        f"data: {len(text.tokens):,} training tokens, {len(held_out.tokens):,} held out, of which an evaluation "
+        f"reads at most {eval_tokens:,}; a step: {batch} x {ctx} tokens; an epoch: {steps_per_epoch:,} steps"])
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit="tokens", resumed_from=meta if resumed else None,
@@ -115,12 +119,12 @@ def window_loss(model, batch):
     return model.token_losses(model(inputs).flatten(0, 1), targets.flatten())[0]
 
 
-def held_out_loss(model, text, tokenizer, ctx, micro_batch, ranks):
+def held_out_loss(model, text, tokenizer, ctx, eval_tokens, micro_batch, ranks):
     """Mean loss in nats a token and in bits a byte, on windows of ctx tokens that are spread evenly over the
-    held-out text. They cover all of it if it has at most EVAL_TOKENS tokens."""
+    held-out text. They cover all of it if it has at most `eval_tokens` tokens."""
     ctx = min(ctx, len(text.tokens) - 1)
     n_windows = (len(text.tokens) - 1) // ctx
-    starts = [ctx * i for i in spread(n_windows, max(1, EVAL_TOKENS // ctx))]
+    starts = [ctx * i for i in spread(n_windows, max(1, eval_tokens // ctx))]
     mine, total, n_bytes = starts[ranks.rank::ranks.world], 0.0, 0
     for i in range(0, len(mine), micro_batch):
         batch = windows(text, mine[i:i + micro_batch], ctx)

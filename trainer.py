@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoint
 from data.errors import InputError
 from data.files import content_key, file_digest, write_file
+from plan import eval_interval
 from ranks import check_compiler
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,7 +55,8 @@ def resumed(args, kind, files):
         return None  # it was stopped before its first checkpoint
     model, tokenizer, meta = checkpoint.load(out)
     flags = vars(args)
-    changed = [f"--{name} {value}" for name, value in meta["flags"].items()
+    changed = [f"without --{name}" if value is None or value is False else f"--{name} {value}"
+               for name, value in meta["flags"].items()
                if name in flags and name not in RESUME_MAY_CHANGE and flags[name] != value]
     if meta["kind"] != kind:
         changed.insert(0, f"kind {meta['kind']}")
@@ -122,7 +124,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
         optimizer.zero_grad(set_to_none=True)
 
     first_step = step
-    eval_every = math.ceil(n_steps / 10) if args.eval_every is None else args.eval_every
+    eval_every = eval_interval(args, n_steps)
     save_every = args.save_every or math.ceil(n_steps / 5)
     log = Log(args, ranks, step, n_steps, unit)
     with StopSignal() as stop, BatchMaker(micro_batches, n_steps, ranks.device) as maker:

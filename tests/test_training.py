@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from conftest import (LM_FLAGS, PM_FLAGS, ROOT, Running, alone, losses, make_comparisons, metrics, processes, run, run_well,
+from conftest import (LM_FLAGS, PM_FLAGS, ROOT, Running, alone, losses, make_comparisons, make_texts, metrics, processes, run, run_well,
                       write_jsonl)
 
 import checkpoint
@@ -528,7 +528,9 @@ def test_resume_of_a_run_that_is_done_changes_nothing(run_flags, uninterrupted):
 
 
 @pytest.mark.parametrize("changed, named", [(("--lr", 0.01), "--lr 0.003"), (("--batch", 16), "--batch 8"), (("--seed", 1), "--seed 0"),
-                                            (("--objective", "imitation"), "kind pm"), (("--steps", 13), "--steps 12")])
+                                            (("--objective", "imitation"), "kind pm"), (("--steps", 13), "--steps 12"),
+                                            (("--max_completions", 3), "without --max_completions"),
+                                            (("--binarise",), "without --binarise")])
 def test_resume_with_other_flags_is_refused(run_flags, uninterrupted, changed, named):
     before = {p.name: p.read_bytes() for p in uninterrupted.iterdir()}
     done = run("train_pm.py", *run_flags, *changed, "--out", uninterrupted, "--resume")
@@ -693,6 +695,23 @@ def test_the_plan_comes_first(pm, lm, comparisons_file, tmp_path):
                   "GiB a rank", f"output: {tmp_path / 'run'}"):
         assert words in plan and plan.index(words) < plan.index("step 1/8")
     assert losses(tmp_path / "run") == losses(pm)
+
+
+def test_the_plan_leaves_out_what_the_checkpoint_decides(lm, comparisons_file, tmp_path):
+    plan = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", tmp_path / "run")
+    flags = plan.split("flags: ")[1].splitlines()[0]
+    assert "--init" in flags and "--size" not in flags and "--tokenizer" not in flags
+
+
+def test_evaluations_of_a_short_run_cost_little(tmp_path):
+    """All of a run's evaluations together read at most 0.6 times the tokens that it trains on, each at a third of the cost."""
+    data = write_jsonl(tmp_path / "text.jsonl", make_texts(400))
+    args = ("--data", data, *LM_FLAGS, "--steps", 20, "--held_out", 0.5, "--out", tmp_path / "lm")
+    run_well("train_lm.py", *args)
+    records = metrics(tmp_path / "lm")
+    evaluations = [r["eval"]["tokens"] for r in records if "eval" in r]
+    trained_on = sum(r["count"] for r in records if "count" in r)
+    assert len(evaluations) == 10 and 0 < sum(evaluations) <= 0.6 * trained_on
 
 
 def test_learning_learns(pm, lm):
