@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -543,6 +544,30 @@ def test_resume_with_other_data_is_refused(run_flags, uninterrupted, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(seed=1))
     done = run("train_pm.py", *run_flags, "--data", other, "--out", uninterrupted, "--resume")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--data" in done.stderr
+
+
+def test_a_second_run_on_one_folder_names_the_first(run_flags, uninterrupted, tmp_path):
+    """Both while the first is under way and when it has checkpoints; it goes on undisturbed."""
+    out = tmp_path / "run"
+    first = Running("train_pm.py", *run_flags, "--out", out)
+    first.wait_for("step 1/12")
+    os.kill(first.process.pid, signal.SIGSTOP)
+    for flags in ((), ("--resume",)):
+        second = run("train_pm.py", *run_flags, "--out", out, *flags)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        assert f"{out}: process {first.process.pid} is writing" in second.stderr
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.result().returncode == 0
+    same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["file", "device", "below a file"])
+def test_an_out_that_is_no_folder_is_refused_and_left_alone(run_flags, tmp_path, kind):
+    (tmp_path / "file").write_text("mine")
+    out = {"file": tmp_path / "file", "device": "/dev/full", "below a file": tmp_path / "file" / "run"}[kind]
+    done = run("train_pm.py", *run_flags, "--out", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"--out {out}" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine" and not Path("/dev/full").is_file()
 
 
 def test_an_out_folder_with_a_run_is_refused(run_flags, uninterrupted):
