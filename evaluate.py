@@ -1,16 +1,19 @@
-"""The paper's evaluations, one benchmark a command. Each prints a table and, last, one JSON line with the figures.
+"""The paper's evaluations, each a command that prints a table and, last, one JSON line with the figures.
 
   python evaluate.py pm --model out/pm                                a preference model on comparisons
-  python evaluate.py hhh --model out/lm --prompt hhh                  helpful, honest, harmless: which answer is better?
+  python evaluate.py hhh --model out/lm --prompt hhh                  which answer is better, behind a prompt?
   python evaluate.py lambada --model out/lm --data lambada_test.jsonl
   python evaluate.py humaneval --model out/lm --data HumanEval.jsonl.gz --n 100
   python evaluate.py BENCHMARK -h                                     what it measures, and its flags
 
-A prompt is read once and shared by everything that is scored or sampled behind it.
+A prompt is read once, and everything that is scored or sampled after it shares what was read.
 """
 import argparse
-import itertools
+import contextlib
+import inspect
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,243 +22,262 @@ import checkpoint
 import plan
 from data import toy
 from data.comparisons import load_comparisons
-from data.errors import InputError, run_main
+from data.errors import InputError, Parser, run_main
 from data.files import check_writable, find_files, write_file
 from evals import choices, elo, perplexity, pm, programs, rerank, toxicity
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
 
-SHOWN = argparse.RawDescriptionHelpFormatter
+
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of descriptions
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=SHOWN)
+    parser = Parser(description=__doc__, formatter_class=AS_WRITTEN)
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    positive = plan.positive(int)
 
-    def add(name, function, help, data=None, out="one JSON line per item"):
-        """A benchmark's parser. data: the help text of --data, "!" first where it must be given."""
-        own = benchmarks.add_parser(name, help=help, description=function.__doc__, formatter_class=SHOWN)
-        own.set_defaults(run=function)
-        if function is not ratings:
-            add_model_flags(own)
+    def add(name, function, summary, data=None, default=None, **sampling):
+        """Add a benchmark; returns the function that adds a flag to it. data: the help text of --data, for
+        benchmarks of one model; --data must be given if there is no default. sampling: defaults of its flags.
+        """
+        benchmark = benchmarks.add_parser(name, help=summary, description=inspect.cleandoc(function.__doc__),
+                                          formatter_class=AS_WRITTEN)
+        benchmark.set_defaults(function=function)
+        flag = benchmark.add_argument
         if data:
-            own.add_argument("--data", nargs="+", required=data.startswith("!"), help=data.lstrip("!"))
-        own.add_argument("--out", metavar="FILE.jsonl", help=f"write {out} there")
-        return own
+            add_model_flags(benchmark)
+            flag("--data", nargs="+", help=data, required=default is None, default=[default])
+        else:
+            plan.add_device_flags(benchmark)
+        if sampling:
+            add_sampling_flags(benchmark, **sampling)
+        flag("--out", metavar="FILE.jsonl", help="write each item as a line of JSON to this file")
+        return flag
 
-    own = add("pm", accuracy, "accuracy and calibration of a preference model on comparisons", "comparison files or folders, or toy (default: toy)")
-    own.add_argument("--score", choices=pm.RULES, help="score of a completion: reward (of a preference model), mean log-prob a token, or sum of "
-                     "log-probs (default: reward; mean for a language model)")
-    own.add_argument("--skip_no_context", action="store_true", help="do not score the completions without their contexts too: a quarter of the time")
-    add("hhh", multiple_choice, "which of two answers is the helpful, honest, harmless one?", "BIG-bench's task.json files or their folder, comparison files with "
-        "categories, or toy (default: our own items, data/hhh_items.jsonl)")
-    add("truthfulqa", multiple_choice, "MC1 and MC2: true answers against common falsehoods", "!TruthfulQA.csv")
-    add("hellaswag", multiple_choice, "which of four endings fits?", "!hellaswag_val.jsonl")
-    add("choice", multiple_choice, "any comparison file as multiple choice", "!comparison files")
-    add("lambada", last_word, "the last word of a text", "!lambada_test.jsonl")
-    add("lm", text_loss, "loss on text in nats a token and bits a byte", "text files or folders, or toy (default: toy)")
-    for name, help in (("humaneval", "functions from their docstrings"), ("mbpp", "functions from a sentence and an assertion"), ("quixbugs", "functions with a bug to mend")):
-        own = add(name, code, f"{help}; pass@k in a sandbox", "!the published file (of QuixBugs its folder)")
-        add_sampling_flags(own, n=10, max_new=300, temperature=0.6, top_p=0.95)
-        own.add_argument("--k", type=plan.positive(int), nargs="+", default=[1, 10], help="pass@k for these k, each at most --n (default: 1 10)")
-        own.add_argument("--format", choices=("plain", "prompt"), help="how a problem is put: the function's beginning as it stands, or the paper's dialogue "
-                         "(default: plain; prompt where --prompt is given)")
-        own.add_argument("--problems", type=plan.positive(int), help="only the first so many problems (default: all)")
-    own = add("toxicity", toxic, "toxicity of continuations", "!prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), {\"text\"} lines, or "
-              ".txt with one a line")
-    add_sampling_flags(own, n=25, max_new=20, temperature=1.0, top_p=0.9)
-    own.add_argument("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity (default: Detoxify, if installed)")
-    own.add_argument("--prompts", type=plan.positive(int), help="only the first so many prompts (default: all)")
-    own = add("sample", draw, "continuations of contexts, for elo, re-ranking and people", "comparison files, whose contexts are continued, or toy (default: toy)", "the samples")
-    add_sampling_flags(own, n=1, max_new=256, temperature=1.0, top_p=0.95)
-    own.add_argument("--contexts", type=plan.positive(int), help="only the first so many (default: all)")
-    own = add("rerank", best_of, "accuracy@k: is the best-scored of k samples right?", "!comparison files, a problem's samples scored 1 where right and 0 where wrong")
-    own.add_argument("--k", type=plan.positive(int), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100], help="accuracy@k for these k, as far as the samples go "
-                     "(default: 1 2 4 … 100)")
-    for own in (own, benchmarks.choices["pm"]):
-        own.add_argument("--split", choices=("auto", "held_out", "all"), default="auto", help="which groups: auto takes the held-out ones of files the model was "
-                         "trained on and all of others; held_out and all mean it (default: auto)")
-        own.add_argument("--ensemble", nargs="+", default=[], metavar="DIR", help="more preference models: also the mean and the least of all their rewards")
-    own = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge", out="the games")
-    own.add_argument("--games", metavar="FILE", help="a table of outcomes, csv or JSON lines: model_a, model_b, winner")
-    own.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
-    own.add_argument("--samples", nargs="+", metavar="FILE", help="for --judge: one file of each player, as `evaluate.py sample --out` writes it")
-    own.add_argument("--names", nargs="+", help="names of the players, in the order of --samples (default: their files' names)")
-    own.add_argument("--seed", type=plan.between(int, 0, 2**32), default=0, help="of the bootstrap (default: %(default)s)")
-    plan.add_device_flags(own)
+    pm_flag = flag = add("pm", preference_accuracy, "accuracy and calibration of a preference model",
+                         "comparison files or folders, or toy (default: toy)", "toy")
+    flag("--score", choices=pm.RULES,
+         help="score of a completion: reward (of a preference model), or mean or sum of the log-probs of its "
+         "tokens (default: reward; mean for a language model)")
+    flag("--skip_no_context", action="store_true",
+         help="leave out the scores without contexts, which take about a quarter of the time")
+    add("hhh", multiple_choice, "which answer is the helpful, honest, harmless one?",
+        "BIG-bench's task.json files or their folder, comparison files with categories, or toy (default: our "
+        "own items, data/hhh_items.jsonl)", choices.HHH_ITEMS)
+    add("truthfulqa", multiple_choice, "true answers against common falsehoods", "TruthfulQA.csv")
+    add("hellaswag", multiple_choice, "which of four endings fits?", "hellaswag_val.jsonl")
+    add("choice", multiple_choice, "any comparison file as multiple choice", "comparison files")
+    add("lambada", last_word, "the last word of a text", "lambada_test.jsonl")
+    add("lm", text_loss, "loss on text in nats a token and bits a byte",
+        "text files or folders, or toy (default: toy)", "toy")
+    for name, summary in (("humaneval", "functions from their docstrings; pass@k in a sandbox"),
+                          ("mbpp", "functions from a sentence and an assertion; pass@k in a sandbox"),
+                          ("quixbugs", "functions with a bug to mend; pass@k in a sandbox")):
+        flag = add(name, code, summary, "the published file, or of QuixBugs its folder",
+                   n=10, max_new=300, temperature=0.6, top_p=0.95)
+        flag("--k", type=positive, nargs="+", default=[1, 10],
+             help="pass@k for these k, each at most --n (default: 1 10)")
+        flag("--format", choices=("plain", "prompt"),
+             help="ask by the beginning of the function, or in the paper's dialogue (default: plain; prompt "
+             "if --prompt is given)")
+        flag("--problems", type=positive, help="only the first so many (default: all)")
+    flag = add("toxicity", toxic, "toxicity of continuations",
+               "prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), lines of "
+               "{\"text\"}, or .txt with one a line", n=25, max_new=20, temperature=1.0, top_p=0.9)
+    flag("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity "
+         "(default: Detoxify, if installed)")
+    flag("--prompts", type=positive, help="only the first so many (default: all)")
+    flag = add("sample", sample, "continuations of contexts, for elo, re-ranking and people",
+               "comparison files, whose contexts are continued, or toy (default: toy)", "toy",
+               n=1, max_new=256, temperature=1.0, top_p=0.95)
+    flag("--contexts", type=positive, help="only the first so many (default: all)")
+    rerank_flag = add("rerank", best_of_k, "accuracy@k: is the best-scored of k samples right?",
+                      "comparison files: the samples of a problem, 1 where right and 0 where wrong")
+    rerank_flag("--k", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100],
+                help="accuracy@k for these k, up to the number of samples (default: 1 2 4 … 100)")
+    for flag in (pm_flag, rerank_flag):
+        flag("--split", choices=("auto", "held_out", "all"), default="auto",
+             help="which groups: held_out, all, or auto, which takes the held-out ones of files that the "
+             "model was trained on and all of others (default: auto)")
+        flag("--ensemble", nargs="+", default=[], metavar="DIR",
+             help="more preference models: score by the mean and by the least of all rewards, too")
+    flag = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge")
+    flag("--games", metavar="FILE", help="outcomes in a table, csv or JSON lines: model_a, model_b, winner")
+    flag("--judge", metavar="DIR", help="or: a preference model that judges --samples")
+    flag("--samples", nargs="+", metavar="FILE",
+         help="for --judge: a file of each player, as `evaluate.py sample --out` writes it")
+    flag("--names", nargs="+", help="names of the players, like --samples (default: the files' names)")
+    flag("--seed", type=plan.between(int, 0, 2**32), default=0,
+         help="decides the resampling for the intervals (default: %(default)s)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if args.out:
-        check_writable(args.out)  # said now, not after an hour of scoring
-    figures, items = args.run(args)
+        check_writable(args.out)  # before an hour of scoring, not after it
+    with contextlib.redirect_stdout(LastingOutput()):
+        figures, items = args.function(args)
     if args.out:
         write_file(args.out, "".join(json.dumps(item) + "\n" for item in items))
         print(f"\n  each item: {args.out}")
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks: each returns (figures for the JSON line, items for --out)
+class LastingOutput(io.TextIOBase):
+    """Standard output that may be closed early, as by `| head`: --out is written all the same."""
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            sys.__stdout__.write(text)
 
 
-def accuracy(args):
-    """pm: accuracy on comparisons (Sections 3 and 4), beside what simple rulers reach: longer wins, shorter wins, and the same
-    model without the context; calibration of P(A > B) = sigmoid(r_A - r_B); accuracy by margin."""
+# ------------------------------------------------------------------------------------------------------------
+# The benchmarks: each prints a table and returns (figures for the JSON line, items for --out)
+
+
+def preference_accuracy(args):
+    """Accuracy on comparisons (Sections 3 and 4), beside what simple rulers reach: longer wins, shorter wins,
+    and the same model without the context. Also the calibration of P(A > B) = sigmoid(r_A - r_B), and
+    accuracy by margin."""
     subject = load_subject(args)
-    meta = subject.meta
-    how = args.score or ("reward" if subject.is_pm else "mean")
-    if how == "reward" and not subject.is_pm:
-        raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a preference model")
-    if how != "reward" and subject.is_pm:
-        print(f"note: {args.model} is a preference model; its log-probs are those of a model trained for rewards")
-    if meta.get("binarised"):
-        print(f"note: {args.model} was trained on binarised pairs, with control tokens; here it is read without them, as before finetuning")
-    files = toy.find_data(args.data or ["toy"], "binary.jsonl" if meta["objective"] == "binary" else "ranked.jsonl")
+    rule = args.score or ("reward" if subject.is_pm else "mean")
+    if rule == "reward" and not subject.is_pm:
+        raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a "
+                         "preference model")
+    if rule != "reward" and subject.is_pm:
+        print(f"note: {args.model} is a preference model, trained for rewards and not for log-probs")
+    if subject.meta.get("binarised"):
+        print(f"note: {args.model} was trained on binarised pairs, with control texts before completions; "
+              "its rewards without them mean nothing until it is finetuned")
+    is_binary = subject.meta["objective"] == "binary"
+    files = toy.find_data(args.data, "binary.jsonl" if is_binary else "ranked.jsonl")
     data = load_comparisons(files, subject.tokenizer)
-    examples = pick_examples(subject, data, files, args.split)
-    scores = subject.score(data, examples, how, progress="scoring")
-    others = {} if args.skip_no_context else {"no context": subject.score(data, examples, how, context_ids=[subject.tokenizer.eot], progress="without context")}
+    unseen = subject.unseen(data, files, args.split)
+    examples = pm.examples_to_score(data, subject.ctx, unseen, to_rank=True)
+
+    scores = {rule: subject.score(data, examples, rule, progress="scoring")}
+    if not args.skip_no_context:
+        scores["no context"] = subject.score(data, examples, rule, context_ids=[subject.tokenizer.eot],
+                                             progress="without context")
     if args.ensemble:
-        others |= rerank.ensemble(args, files, data, examples, scores, how)
-    return report(args, data, examples, scores, others, how)
+        scores |= rerank.ensemble(args, files, data, examples, scores[rule], rule)
+    figures = {"benchmark": "pm", "model": args.model, "score": rule, "n": len(examples),
+               "contexts_cut": int(data.is_cut(subject.ctx)[examples].sum())}
+    figures |= preference_figures(data, examples, scores, rule)
+    items = []
+    for number, i in enumerate(examples):
+        columns = {name.replace(" ", "_"): values[number].tolist() for name, values in scores.items()}
+        items.append({"where": data.where(i), "group": f"{data.groups[i]:016x}",
+                      "scores": data.scores(i).tolist(), **columns})
+    return figures, items
+
+
+def preference_figures(data, examples, scores, rule):
+    """Print the tables of `preference_accuracy` and return their figures. scores: {rule: …, name of a ruler:
+    …}, each a list of arrays (completions,), one for each example."""
+    true_scores = [data.scores(i) for i in examples]
+    lengths = [data.chars[data.first[i] + 1:data.first[i + 1]].astype(float) for i in examples]
+    rulers = scores | {"longer wins": lengths, "shorter wins": [-chars for chars in lengths]}
+    margin, weight, comparison = pm.margins(true_scores, scores[rule])
+    groups = data.groups[examples][comparison]
+    figures = {"pairs": len(margin), "groups": len(np.unique(groups)), "ties": int((margin == 0).sum())}
+    print(f"\n{len(examples):,} comparisons, {len(margin):,} pairs, {figures['groups']:,} groups, "
+          f"{figures['ties']} ties (a tie counts half)\n")
+    for name, values in rulers.items():
+        is_right = pm.right(pm.margins(true_scores, values)[0])
+        mean, error = pm.mean_and_error(is_right, weight, groups)
+        print(f"  {choices.RULES.get(name, name):<16} {100 * mean:6.2f} % ± {100 * error:.2f}")
+        figures |= pm.figure("accuracy" if name == rule else name.replace(" ", "_"), mean, error)
+    print("  (± one standard error, by group)")
+    if rule == "reward":
+        figures["brier"], figures["ece"], figures["reliability"] = pm.calibration(margin, weight)
+        print(f"\n  Brier score {figures['brier']:.4f} (0.25: always saying 50 %)   expected calibration "
+              f"error {figures['ece']:.4f}\n\n  predicted      pairs   mean predicted   accuracy")
+        for low, high, n, confidence, accuracy in figures["reliability"]:
+            print(f"  {low:.2f}-{high:.2f}   {n:8,}   {confidence:14.3f}   {accuracy:8.3f}")
+    figures["by_margin"] = pm.by_margin(margin, weight)
+    print("\n  |margin|              pairs   accuracy")
+    for low, high, n, accuracy in figures["by_margin"]:
+        print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
+    return figures
 
 
 def multiple_choice(args):
-    """hhh, truthfulqa, hellaswag, choice: multiple choice, by mutual information, mean and sum of log-probs, or by reward (Section 2).
-
-    hhh: accuracy per category, two choices each. truthfulqa: MC1 (the best answer against the incorrect ones) and MC2 (the share
-    of probability at correct ones). hellaswag and choice: how often the right one has the highest score."""
-    subject = load_subject(args)
-    if args.benchmark == "hhh":
-        paths = toy.find_data(args.data, "hhh.jsonl") if args.data else [choices.HHH_ITEMS]
-    else:
-        paths = args.data
-    return choices.choices(args.benchmark, paths, subject)
+    """Multiple choice (Section 2), by mutual information, mean and sum of log-probs, or by reward: how often
+    the right choice has the highest score, on hhh by category. On truthfulqa MC1, for the best answer among
+    the incorrect ones, and MC2, the share of probability at correct answers."""
+    paths = toy.find_data(args.data, "hhh.jsonl") if args.benchmark == "hhh" else args.data
+    return choices.multiple_choice(args.benchmark, paths, load_subject(args))
 
 
 def last_word(args):
-    """lambada: how often the last word of a text is what greedy decoding says, and the word's log-prob."""
+    """How often the last word of a text is what greedy decoding says, and the word's log-prob (Section 2)."""
     return choices.last_word(args.data, load_subject(args, checkpoint.load_lm))
 
 
 def text_loss(args):
-    """lm: loss on text in nats a token and bits a byte; of files the model was trained on, on their held-out documents."""
-    return perplexity.text_loss(toy.find_data(args.data or ["toy"], "lm.jsonl"), load_subject(args, checkpoint.load_lm))
+    """Loss on text, in nats a token and bits a byte; of files that the model was trained on, on the held-out
+    documents."""
+    return perplexity.text_loss(toy.find_data(args.data, "lm.jsonl"), load_subject(args, checkpoint.load_lm))
 
 
 def code(args):
-    """humaneval, mbpp, quixbugs: functions written (of quixbugs: mended) by the model and run with their tests in a sandbox; pass@k.
-
-    n samples a problem, and the unbiased estimator 1 - C(n - c, k) / C(n, k) where c of them pass (Section 2)."""
+    """Functions that the model writes (of quixbugs: mends) are run with their tests in a sandbox (Section 2).
+    pass@k is the chance that one of k samples passes: 1 - C(n - c, k) / C(n, k) if c of n samples pass, which
+    is unbiased."""
     if max(args.k) > args.n:
         raise InputError(f"--k {max(args.k)} is more than --n {args.n} samples")
     return programs.pass_rates(args, load_subject(args, checkpoint.load_lm))
 
 
 def toxic(args):
-    """toxicity: n continuations of each prompt, scored by a classifier: mean, share above 0.5, expected maximum of n (Section 2)."""
+    """A classifier scores n continuations of each prompt: their mean, the share above 0.5, and the expected
+    maximum of n (Section 2)."""
     score = toxicity.scorer(args)
     return toxicity.toxicity(args, find_files(args.data), load_subject(args, checkpoint.load_lm), score)
 
 
-def draw(args):
-    """sample: n continuations of each context, written as comparisons without scores: for elo, re-ranking and people."""
+def sample(args):
+    """n continuations of each context, written as comparisons without scores: for elo, re-ranking and people.
+    """
     subject = load_subject(args, checkpoint.load_lm)
-    contexts = dict.fromkeys(record["context"] for path in toy.find_data(args.data or ["toy"], "hhh.jsonl") for record in choices.comparisons(path))
-    contexts = list(contexts)[:args.contexts]
-    if not contexts:
-        raise InputError(f"{args.data[0]}: no context in this file")
+    records, _ = choices.read_items("choice", toy.find_data(args.data, "hhh.jsonl"))
+    contexts = list(dict.fromkeys(record["context"] for record in records))[:args.contexts]  # each once
+    drawn = samples(subject, contexts, args, unit="context")
     items = [{"context": context, "completions": texts, "scores": [0] * len(texts), "group": context}
-             for context, texts in zip(contexts, samples(subject, contexts, args, unit="context"))]
-    lengths = [len(text) for item in items for text in item["completions"]]
-    print(f"{len(lengths):,} samples for {len(items):,} contexts, {sum(lengths) / len(lengths):.0f} characters on average; the first one:\n"
-          f"{items[0]['context']}{items[0]['completions'][0]}")
-    return {"benchmark": "sample", "model": args.model, "contexts": len(items), "samples": len(lengths)}, items
+             for context, texts in zip(contexts, drawn)]
+    lengths = [len(text) for texts in drawn for text in texts]
+    print(f"{len(lengths):,} samples for {len(items):,} contexts, {np.mean(lengths):.0f} characters on "
+          f"average; the first one:\n{contexts[0]}{drawn[0][0]}")
+    figures = {"benchmark": "sample", "model": args.model, "contexts": len(items), "samples": len(lengths)}
+    return figures, items
 
 
-def best_of(args):
-    """rerank: accuracy@k, how often the best-scored of k samples of a problem is right, by the paper's unbiased estimator
-    (Section 3.3), for rewards or a language model's mean log-prob, beside chance and the best possible."""
+def best_of_k(args):
+    """accuracy@k: how often the best-scored of k samples of a problem is right, by the paper's unbiased
+    estimator (Section 3.3), for rewards or a language model's mean log-prob, beside chance and the best
+    possible."""
     return rerank.accuracy_by_k(args, load_subject(args))
 
 
 def ratings(args):
-    """elo: Elo ratings of models by maximum likelihood from A/B games, ties dropped, with bootstrap intervals (Section 2).
-
-    400 / ln 10 = 174 Elo are one unit of a preference model's reward: with --judge a game's outcome is
-    P(A wins) = sigmoid(r_A - r_B) for each context that both players continued."""
+    """Elo ratings of models from A/B games, by maximum likelihood without ties, with bootstrap intervals
+    (Section 2). A preference model that judges makes a game of each context that two players continued: A
+    wins with P(A > B) = sigmoid(r_A - r_B), so that one unit of reward is 400 / ln 10 = 174 Elo."""
     if bool(args.games) == bool(args.judge and args.samples):
         raise InputError("give either --games FILE, or --judge DIR with --samples FILE FILE …")
-    games = elo.read_games(args.games) if args.games else judged_games(args)
-    return {"benchmark": "elo", **elo.report(games, args.seed)}, [{"model_a": a, "model_b": b, "winner": w} for a, b, w in games]
-
-
-def judged_games(args):
-    """Games between all --samples files (players, named by their files), one for each context and number of sample that two have."""
-    names = args.names or [Path(path).name.split(".jsonl")[0] for path in args.samples]
-    if len(set(names)) < max(2, len(args.samples)):
-        raise InputError(f"--samples needs at least two files, each with a name of its own, found {', '.join(names)}")
-    rewards, _ = reward_function(args.judge, args)
-    texts = [{(r["context"], k): text for r in choices.comparisons(path) for k, text in enumerate(r["completions"])} for path in args.samples]
-    asked = [(player, context, text) for player, own in enumerate(texts) for (context, _), text in own.items()]
-    scores, start = rewards([context for _, context, _ in asked], [text for *_, text in asked]), 0
-    for own in texts:
-        for key in own:
-            own[key], start = scores[start], start + 1
-    games = [(a, b, float(elo.judge(x[key], y[key]))) for (a, x), (b, y) in itertools.combinations(zip(names, texts), 2) for key in x if key in y]
-    if not games:
-        raise InputError(f"{args.samples[0]}: shares no context with the other files: sample from the same --data")
-    return games
-
-
-def pick_examples(subject, data, files, split):
-    """Numbers of the comparisons to score. Says what is left out and why."""
-    keep = subject.unseen(data, files, split)
-    fits, differ = data.fits(subject.ctx), data.differ()
-    if (keep & ~(fits & differ)).any():
-        print(f"left out: {int((keep & ~fits).sum())} comparisons with a completion longer than --ctx {subject.ctx}, "
-              f"{int((keep & fits & ~differ).sum())} whose scores are all equal")
-    examples = np.flatnonzero(keep & fits & differ)
-    if not len(examples):
-        raise InputError(f"{files[0]}: no comparison is left to score")
-    return examples
-
-
-def report(args, data, examples, scores, others, how):
-    """others: {name: other scores of the same completions}."""
-    truths = [data.scores(i) for i in examples]
-    chars = [np.asarray(data.chars[data.first[i] + 1:data.first[i + 1]], float) for i in examples]
-    margin, weight, comparison = pm.margins(truths, scores)
-    groups = np.asarray(data.groups)[examples][comparison]
-    rulers = {"accuracy": margin, **{name: pm.margins(truths, values)[0] for name, values in others.items()}, "longer wins": pm.margins(truths, chars)[0]}
-    rulers["shorter wins"] = -rulers["longer wins"]
-    figures = {"benchmark": "pm", "model": args.model, "score": how, "n": len(examples), "pairs": len(margin),
-               "groups": len(np.unique(groups)), "ties": int((margin == 0).sum())}
-
-    print(f"\n{len(examples):,} comparisons, {len(margin):,} pairs, {figures['groups']:,} groups, {figures['ties']} ties (a tie counts half)\n")
-    for name, values in rulers.items():
-        mean, error = pm.mean_and_error(pm.right(values), weight, groups)
-        label = name if name != "accuracy" else {"reward": "reward", "mean": "mean log-prob", "sum": "sum log-prob"}[how]
-        print(f"  {label:<16} {100 * mean:6.2f} % ± {100 * error:.2f}")
-        key = name.replace(" ", "_")
-        figures |= pm.figure(key, mean, error)
-    print("  (± one standard error, by group)")
-    if how == "reward":
-        brier, error, table = pm.calibration(margin, weight)
-        figures |= {"brier": brier, "ece": error, "reliability": table}
-        print(f"\n  Brier score {brier:.4f} (0.25: always saying 50 %)   expected calibration error {error:.4f}\n")
-        print("  predicted      pairs   mean predicted   accuracy")
-        for low, high, n, confidence, accuracy in table:
-            print(f"  {low:.2f}-{high:.2f}   {n:8,}   {confidence:14.3f}   {accuracy:8.3f}")
-    figures["by_margin"] = pm.by_margin(margin, weight)
-    print("\n  |margin|              pairs   accuracy")
-    for low, high, n, accuracy in figures["by_margin"]:
-        print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    columns = {how: scores, **{name.replace(" ", "_"): values for name, values in others.items()}}
-    return figures, [{"where": data.where(i), "group": f"{data.groups[i]:016x}", "scores": truths[j].tolist(), **{name: values[j].tolist() for name, values in columns.items()}}
-                     for j, i in enumerate(examples)]
+    if args.games:
+        games = elo.read_games(args.games)
+    else:
+        names = args.names or [Path(path).name.split(".jsonl")[0] for path in args.samples]
+        if len(names) < 2 or not len(set(names)) == len(names) == len(args.samples):
+            raise InputError("--samples needs at least two files, each with a name of its own, found "
+                             f"{', '.join(names)}")
+        rewards, _ = reward_function(args.judge, args)
+        games = elo.judged_games(rewards, dict(zip(names, args.samples)))
+    items = [{"model_a": a, "model_b": b, "winner": winner} for a, b, winner in games]
+    return {"benchmark": "elo", **elo.report(games, args.seed)}, items
 
 
 if __name__ == "__main__":

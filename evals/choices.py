@@ -1,14 +1,17 @@
 """Multiple choice (Section 2 of the paper): HHH, TruthfulQA, HellaSwag, LAMBADA and any comparison file.
 
 A language model's score of an answer a to a question q is one of
-  mi     log P(a | q) - log P(a), the empirical mutual information (the paper's); P(a) is taken behind the same prompt and an
-         empty question, or, where contexts are no dialogues, at a document's beginning
-  mean   log P(a | q) per token
-  sum    log P(a | q)
-and a preference model's its reward. Everything is scored in two passes over packed rows, whatever the number of rules.
+
+  mi      log P(a | q) - log P(a), the empirical mutual information (the paper's); P(a) is the answer's
+          probability without a question: after the same prompt and an empty turn of the human, or, if the
+          contexts are no dialogues, at the beginning of a document
+  mean    log P(a | q) per token
+  sum     log P(a | q)
+  norm    log P(a | q) per character (HellaSwag only)
+
+and a preference model's is its reward. The model reads all choices twice, with and without their questions;
+every rule is computed from these two.
 """
-import csv
-import io
 import json
 import re
 from pathlib import Path
@@ -16,217 +19,260 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.comparisons import load_comparisons, parse
+from data.comparisons import parse
 from data.errors import InputError
-from data.files import build_once, content_key, find_files, read_lines, read_records, write_file
+from data.files import find_files, read_lines, read_records
 from data.text import find_special
 from evals import pm
+from evals.tables import csv_records
 
 HHH_ITEMS = Path(__file__).parents[1] / "data" / "hhh_items.jsonl"
-RULES = {"mi": "mutual information", "mean": "mean log-prob", "sum": "sum log-prob", "reward": "reward"}
+RULES = {"mi": "mutual information", "mean": "mean log-prob", "sum": "sum log-prob",
+         "norm": "log-prob a character", "reward": "reward"}
+HARNESS = {  # benchmark: task of lm-evaluation-harness, {its name of a figure: ours}
+    "hellaswag": ("hellaswag", {"acc": "accuracy_sum", "acc_norm": "accuracy_norm"}),
+    "lambada": ("lambada_openai", {"acc": "accuracy", "perplexity": "perplexity"})}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published files -> comparisons
+# ------------------------------------------------------------------------------------------------------------
+# Published records -> comparisons
 
 
-def question(text):
-    return f"\n\nHuman: {text}\n\nAssistant:"
+def as_dialogue(question):
+    return "\n\nHuman: " + question + "\n\nAssistant:"
 
 
-def hhh(path):
-    """BIG-bench's task.json {"examples": [{"input", "target_scores": {answer: 0 or 1}}]}, category from its folder's name, or
-    comparison lines with a "category", such as our own items."""
-    text = b"\n".join(line for _, line in read_lines(path))
+def hhh(record):
+    """BIG-bench's examples, {"input", "target_scores": {answer: 0 or 1}}. A question may stand in several, so
+    it is the group. Comparisons, such as our own items, are taken as they are."""
+    if "target_scores" not in record:
+        return record
+    question, answers = record["input"], record["target_scores"]
+    return {"context": as_dialogue(question), "completions": [" " + answer for answer in answers],
+            "scores": list(answers.values()), "group": question, "category": record["category"]}
+
+
+def truthfulqa(row):
+    """Rows of TruthfulQA.csv. The best answer scores 2, other correct ones 1, incorrect ones 0."""
+    scores = {}
+    for column, score in (("Incorrect Answers", 0), ("Correct Answers", 1)):
+        scores |= {answer.strip(): score for answer in row[column].split(";") if answer.strip()}
+    scores |= {row["Best Answer"].strip(): 2}
+    return {"context": as_dialogue(row["Question"]), "completions": [" " + answer for answer in scores],
+            "scores": list(scores.values()), "group": row["Question"]}
+
+
+def hellaswag(record):
+    """Asked as lm-evaluation-harness asks: the activity, then the text with a capital letter where its second
+    part begins, and without the headings in brackets."""
+    def without_headings(text):
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    has_parts = "ctx_a" in record
+    text = record["ctx_a"] + " " + record["ctx_b"].capitalize() if has_parts else record["ctx"]
+    label, endings = int(str(record["label"])), record["endings"]
+    if not isinstance(endings, list) or not 0 <= label < len(endings):
+        raise ValueError(f"the label {label} is no number of a list of endings")
+    return {"context": without_headings(record["activity_label"] + ": " + text),
+            "completions": [" " + without_headings(ending) for ending in endings],
+            "scores": [int(i == label) for i in range(len(endings))], "group": record["activity_label"]}
+
+
+def lambada(record):
+    """The last word is to be told from the text before it."""
+    before, word = record["text"].strip().rsplit(" ", 1)
+    return {"context": before, "completions": [" " + word], "scores": [1]}
+
+
+FORMS = {  # benchmark: how a record becomes a comparison, and what a record holds
+    "hhh": (hhh, "input, target_scores"), "hellaswag": (hellaswag, "ctx, endings, label, activity_label"),
+    "truthfulqa": (truthfulqa, "Question, Best Answer, Correct Answers, Incorrect Answers"),
+    "lambada": (lambada, "text of several words"), "choice": (dict, "context, completions, scores")}
+
+
+def read_items(benchmark, files):
+    """(items, lines): {"context", "completions", "scores", "group", "category"} for each record of a
+    benchmark's files, and the numbers (C, 2) of its file and line. Raises InputError with file and line."""
+    convert, form = FORMS[benchmark]
+    items, lines = [], []
+    for file_number, path in enumerate(files):
+        for number, record in _read_records(benchmark, path):
+            where = f"{path}:{number}"
+            try:
+                record = convert(record)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"{where}: not a record of {benchmark} ({form}): {error!r}") from None
+            context, completions, scores, group = parse(record, where)
+            category = record.get("category")
+            if not isinstance(category, str | None):
+                raise InputError(f'{where}: "category" must be a text')
+            for text in (context, *completions):
+                if special := find_special(text):
+                    raise InputError(f"{where}: the text holds {special}, a special token; write it "
+                                     "differently there")
+            items.append({"context": context, "completions": completions, "scores": scores, "group": group,
+                          "category": category})
+            lines.append((file_number, number))
+    if not items:
+        raise InputError(f"{files[0]}: no records in this file")
+    return items, np.array(lines)
+
+
+def _read_records(benchmark, path):
+    """(number, record) of a table's rows, of JSON lines, or of the examples in BIG-bench's task.json, whose
+    folder's name is their category."""
+    if ".csv" in Path(path).suffixes:
+        return csv_records(path)
     try:
-        task = json.loads(text)
-    except ValueError:
+        task = json.loads(b"\n".join(line for _, line in read_lines(path))) if benchmark == "hhh" else None
+    except (ValueError, RecursionError):  # JSON lines, or broken: the line will be named
         task = None
     if not isinstance(task, dict) or "examples" not in task:
-        yield from comparisons(path)
-        return
-    for number, example in enumerate(task["examples"], 1):
-        try:
-            answers = example["target_scores"]
-            yield {"context": question(example["input"]), "completions": [" " + a for a in answers], "scores": [float(s) for s in answers.values()],
-                   "group": f"{path}:{number}", "category": Path(path).parent.name}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: example {number} is not {{input, target_scores}}: {error!r}") from None
-
-
-def truthfulqa(path):
-    """The published csv. Scores: 2 the best answer, 1 other correct ones, 0 incorrect ones. Group: the question."""
-    text = "\n".join(line.decode("utf-8-sig", "replace") for _, line in read_lines(path))
-    rows = csv.DictReader(io.StringIO(text), strict=True)
+        return read_records(path)
+    category = {"category": Path(path).parent.name}
     try:
-        numbered = list(enumerate(rows, 2))
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not a line of a comma-separated table ({error})") from None
-    for number, row in numbered:
-        try:
-            best, correct, incorrect = (row[name].strip() for name in ("Best Answer", "Correct Answers", "Incorrect Answers"))
-            asked = row["Question"]
-        except (KeyError, AttributeError, TypeError):
-            raise InputError(f"{path}:{number}: not a TruthfulQA row (Question, Best Answer, Correct Answers, Incorrect Answers)") from None
-        split = lambda answers: [a.strip() for a in answers.split(";") if a.strip()]
-        answers = {a: 0 for a in split(incorrect)} | {a: 1 for a in split(correct)} | {best: 2}
-        yield {"context": question(asked), "completions": [" " + a for a in answers], "scores": list(answers.values()), "group": asked}
+        return [(number, example | category) for number, example in enumerate(task["examples"], 1)]
+    except TypeError:
+        raise InputError(f'{path}: "examples" must be a list of {{input, target_scores}}') from None
 
 
-def hellaswag(path):
-    """Asked as lm-evaluation-harness does: the activity, the text with its second part capitalised, bracketed headers out."""
-    def clean(text):
-        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-        return text.replace("  ", " ")
-    for number, record in read_records(path):
-        try:
-            parts = f"{record['ctx_a']} {record['ctx_b'].capitalize()}" if "ctx_a" in record else record["ctx"]
-            yield {"context": clean(f"{record['activity_label']}: {parts}"), "completions": [" " + clean(e) for e in record["endings"]],
-                   "scores": [int(i == int(record["label"])) for i in range(len(record["endings"]))], "group": record["activity_label"]}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a HellaSwag record (ctx, endings, label, activity_label): {error!r}") from None
-
-
-def lambada(path):
-    """{"text"} lines: the last word is to be told from all before it."""
-    for number, record in read_records(path):
-        text = record.get("text")
-        if not isinstance(text, str) or " " not in text.strip():
-            raise InputError(f'{path}:{number}: expected {{"text": "several words"}}')
-        before, word = text.strip().rsplit(" ", 1)
-        yield {"context": before, "completions": [" " + word], "scores": [1], "group": f"{path}:{number}"}
-
-
-def comparisons(path):
-    for number, record in read_records(path):
-        context, completions, scores, group = parse(record, f"{path}:{number}")
-        if special := next(filter(None, map(find_special, (context, *completions))), None):
-            raise InputError(f"{path}:{number}: the text holds {special}, a special token; write it differently there")
-        yield {"context": context, "completions": completions, "scores": scores, "group": group, "category": record.get("category")}
-
-
-READERS = {"hhh": hhh, "truthfulqa": truthfulqa, "hellaswag": hellaswag, "lambada": lambada, "choice": comparisons}
-
-
-def load(benchmark, paths, tokenizer, before=""):
-    """(records, Comparisons) of a benchmark's published files; `before` is set before every context."""
+def load_items(benchmark, paths, subject):
+    """(items, tokenised Comparisons, numbers of those that fit the model) of a benchmark's files."""
     files = find_files(paths, (".csv",))
-
-    def convert(folder):
-        records = [record for path in files for record in READERS[benchmark](path)]
-        if not records:
-            raise InputError(f"{files[0]}: nothing to choose from in this file")
-        write_file(folder / "items.jsonl", "".join(json.dumps(r | {"context": before + r["context"]}) + "\n" for r in records))
-    folder = build_once(f"{benchmark}-{content_key(files, 'choices', before, [str(file) for file in files], Path(__file__).read_text())}", convert)
-    path = folder / "items.jsonl"
-    return [record for _, record in read_records(path)], load_comparisons([path], tokenizer, quiet=True)
+    items, lines = read_items(benchmark, files)
+    if subject.prefix and benchmark in ("hellaswag", "lambada"):  # a prompt ends where a turn begins
+        items = [item | {"context": "\n\nHuman: " + item["context"]} for item in items]
+    ids = subject.tokenizer.encode_many(text for i in items for text in (i["context"], *i["completions"]))
+    texts = [[next(ids) for _ in ("context", *item["completions"])] for item in items]
+    data = pm.tokenised_comparisons(texts, files, lines)
+    return items, data, pm.examples_to_score(data, subject.ctx, np.ones(len(data), bool))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
-def fitting(subject, data):
-    """Numbers of the items whose choices fit; says how many do not, and how many contexts are cut."""
-    examples = np.flatnonzero(data.fits(subject.ctx))
-    cut = sum(data.lengths(i)[0] + data.lengths(i)[1:].max() + 1 > subject.ctx for i in examples)
-    if len(examples) < len(data) or cut:
-        print(f"of {len(data):,} items {len(data) - len(examples)} are left out, as a choice exceeds the {subject.ctx} tokens there are; {cut} contexts are cut on the left")
-    if not len(examples):
-        raise InputError(f"{data.files[0]}: no item is left to score")
-    return examples
-
-
-def score(subject, records, data, examples):
-    """({rule: [scores of each item's choices]}, {ruler: the same}) of the items numbered `examples`."""
-    kinds = {records[i]["context"].endswith("\n\nAssistant:") for i in examples}
-    if len(kinds) > 1:
-        raise InputError("some contexts end with an Assistant's turn and some do not: their answers' probability by themselves would mean two things; split the file")
-    is_dialogue = kinds.pop()
-    empty = subject.tokenizer.encode("\n\nHuman:\n\nAssistant:") if is_dialogue else [subject.tokenizer.eot]
-    rulers = {"longest": [np.array([len(c) for c in records[i]["completions"]], float) for i in examples]}
-    rulers["shortest"] = [-x for x in rulers["longest"]]
-    if subject.is_pm:
-        return {"reward": subject.score(data, examples, "reward", progress="scoring")}, {
-            "no context": subject.score(data, examples, "reward", context_ids=empty, progress="without context")} | rulers
-    given, alone = (subject.score(data, examples, "sum", context_ids=context, progress=words) for context, words in ((None, "scoring"), (empty, "without context")))
-    tokens = [np.maximum(data.lengths(i)[1:], 1) for i in examples]
-    scores = {"mi": [g - a for g, a in zip(given, alone)], "mean": [g / n for g, n in zip(given, tokens)], "sum": given}
-    return scores, {"no context": alone} | rulers
+# ------------------------------------------------------------------------------------------------------------
+# Which choice is right
 
 
 def hit(truth, score):
-    """Whether the highest score is at a choice of the highest truth: 1, 0, or a share where choices tie."""
+    """1 if the highest score is at a choice that is truly the best, else 0; a share where choices tie."""
     top = score == score.max()
     return (top & (truth == truth.max())).sum() / top.sum()
 
 
 def first_choice(truth, score):
-    """TruthfulQA's MC1: the best answer (2) against the incorrect ones (0), as `hit`."""
+    """TruthfulQA's MC1: `hit`, for the best answer (2) among the incorrect ones (0)."""
     return hit(truth[truth != 1], score[truth != 1])
 
 
 def mass(truth, score):
-    """Softmax of the scores over the choices, summed over the true ones (TruthfulQA's MC2)."""
+    """TruthfulQA's MC2: the share of the correct answers in the softmax of the scores over all choices."""
     p = np.exp(score - score.max())
     return p[truth > 0].sum() / p.sum()
 
 
-def choices(benchmark, paths, subject):
-    """Print a benchmark's table; returns (figures for JSON, one dict per item)."""
-    before = "\n\nHuman: " if subject.prefix and benchmark == "hellaswag" else ""  # after a prompt a new conversation begins
-    records, data = load(benchmark, paths, subject.tokenizer, before)
-    examples = fitting(subject, data)
-    scores, rulers = score(subject, records, data, examples)
-    truths = [np.asarray(records[i]["scores"], float) for i in examples]
-    if benchmark == "truthfulqa":
-        parts = {"MC1": first_choice, "MC2": mass}
-    else:
-        parts = {"accuracy": hit}
-    groups = np.array([records[i]["group"] for i in examples])
-    categories = np.array([records[i].get("category") or "" for i in examples])
-    figures = {"benchmark": benchmark, "model": subject.name, "n": len(examples), "groups": len(set(groups)),
-               "chance": {part: float(np.mean([f(t, np.zeros(len(t))) for t in truths])) for part, f in parts.items()}}
-    names = [*scores, *rulers]
-    values = {(part, name): np.array([f(t, s) for t, s in zip(truths, (scores | rulers)[name])]) for part, f in parts.items() for name in names}
-    print(f"\n{len(examples):,} items, {figures['groups']:,} groups; % right ± standard error by group; chance {', '.join(f'{100 * c:.1f}' for c in figures['chance'].values())}\n")
-    print(" " * 22 + "".join(f"{RULES.get(name, name):>21}" for name in names))
-    for part in parts:
-        for category in sorted(set(categories) - {""}) + ["all"]:
-            inside = np.ones(len(examples), bool) if category == "all" else categories == category
-            cells = {name: pm.mean_and_error(values[part, name][inside], np.ones(inside.sum()), groups[inside]) for name in names}
-            label = f"{part}, {category}" if category != "all" or len(set(categories)) > 1 else part
-            print(f"  {label:<20}" + "".join(f"{100 * mean:12.2f} ± {100 * error:5.2f} " for mean, error in cells.values()))
-            for name, (mean, error) in cells.items():
-                key = "_".join([part, name.replace(" ", "_")] + [category] * (category != "all"))
+def multiple_choice(benchmark, paths, subject):
+    """Print a benchmark's table. Returns (figures for JSON, a dict for each item)."""
+    all_items, data, examples = load_items(benchmark, paths, subject)
+    items = [{"item": int(i), **all_items[i]} for i in examples]
+    scores, rulers = score_choices(benchmark, subject, items, data, examples)
+    columns = scores | rulers
+    truths = [np.asarray(item["scores"], float) for item in items]
+    groups = np.array([item["group"] for item in items])
+    categories = np.array([item["category"] or "" for item in items])
+    measures = {"MC1": first_choice, "MC2": mass} if benchmark == "truthfulqa" else {"accuracy": hit}
+    chance = {name: float(np.mean([measure(truth, 0 * truth) for truth in truths]))
+              for name, measure in measures.items()}
+    figures = {"benchmark": benchmark, "model": subject.name, "n": len(examples),
+               "groups": len(set(groups)), "chance": chance}
+
+    print(f"\n{len(items):,} items, {figures['groups']:,} groups; % right ± standard error by group; chance "
+          f"{', '.join(f'{100 * value:.1f}' for value in chance.values())}\n")
+    print(" " * 22 + "".join(f"{RULES.get(name, name):>21}" for name in columns))
+    for measure_name, measure in measures.items():
+        values = {name: np.array([measure(truth, score) for truth, score in zip(truths, column)])
+                  for name, column in columns.items()}
+        for category in [*sorted(set(categories) - {""}), "all"]:
+            inside = (categories == category) | (category == "all")
+            is_part = category != "all"
+            row = f"{measure_name}, {category}" if is_part or len(set(categories)) > 1 else measure_name
+            cells = f"  {row:<20}"
+            for name in columns:
+                mean, error = pm.mean_and_error(values[name][inside], np.ones(inside.sum()), groups[inside])
+                cells += f"{100 * mean:12.2f} ± {100 * error:5.2f} "
+                key = f"{measure_name}_{name}".replace(" ", "_") + (f"_{category}" if is_part else "")
                 figures |= pm.figure(key, mean, error)
-    ties = sum((s == s.max()).sum() > 1 for s in next(iter(scores.values())))
-    print(f"  ({ties} items whose best choices tie, each counting by its share)")
-    items = [{"item": int(i), **records[i], **{name: scores[name][j].tolist() for name in scores}} for j, i in enumerate(examples)]
-    return figures | {"ties": int(ties)}, items
+            print(cells)
+    figures["ties"] = sum(int((score == score.max()).sum() > 1) for score in next(iter(scores.values())))
+    print(f"  ({figures['ties']} items whose best choices tie, each counting by its share)")
+    figures |= harness_figures(benchmark, subject, figures)
+    for name, column in scores.items():
+        for item, score in zip(items, column):
+            item[name] = score.tolist()
+    return figures, items
+
+
+def score_choices(benchmark, subject, items, data, examples):
+    """({rule: scores}, {ruler: scores}): the scores of each item's choices by every rule, and by rulers that
+    a model should beat. `examples` are the items' numbers in `data`."""
+    are_dialogues = {item["context"].endswith("\n\nAssistant:") for item in items}
+    if len(are_dialogues) > 1:
+        raise InputError(f"{data.files[0]}: some contexts end with an Assistant's turn and some do not, so "
+                         "that the probability of an answer by itself would mean two things; split the file")
+    question = subject.tokenizer.encode("\n\nHuman:\n\nAssistant:")
+    nothing_asked = question if are_dialogues.pop() else [subject.tokenizer.eot]
+    rule = "reward" if subject.is_pm else "sum"
+    given = subject.score(data, examples, rule, progress="scoring")
+    alone = subject.score(data, examples, rule, context_ids=nothing_asked, progress="without context")
+    chars = [np.array([float(len(text)) for text in item["completions"]]) for item in items]
+    rulers = {"no context": alone, "longest": chars, "shortest": [-lengths for lengths in chars]}
+    if subject.is_pm:
+        return {"reward": given}, rulers
+    tokens = [np.maximum(data.lengths(i)[1:], 1) for i in examples]
+    scores = {"mi": [g - a for g, a in zip(given, alone)], "mean": [g / n for g, n in zip(given, tokens)],
+              "sum": given}
+    if benchmark == "hellaswag":  # an ending begins with a space, which does not count
+        scores["norm"] = [g / np.maximum(lengths - 1, 1) for g, lengths in zip(given, chars)]
+    return scores, rulers
 
 
 def last_word(paths, subject):
-    """LAMBADA: how often the last word is what greedy decoding says, and its log-prob. Returns as `choices`."""
-    before = "\n\nHuman: " if subject.prefix else ""
-    records, data = load("lambada", paths, subject.tokenizer, before)
-    examples = fitting(subject, data)
-    both = subject.score(data, examples, word_scores, progress="scoring")
-    log_p, right = np.concatenate(both).T
-    each = np.arange(len(examples))
-    accuracy, error = pm.mean_and_error(right, np.ones(len(each)), each)
-    mean, mean_error = pm.mean_and_error(log_p, np.ones(len(each)), each)
+    """LAMBADA: how often the last word is what greedy decoding says, and its log-prob. Returns as
+    `multiple_choice`."""
+    items, data, examples = load_items("lambada", paths, subject)
+    scores = np.concatenate(subject.score(data, examples, word_scores, progress="scoring"))
+    each, ones = np.arange(len(examples)), np.ones(len(examples))
+    accuracy, accuracy_error = pm.mean_and_error(scores[:, 1], ones, each)
+    log_prob, error = pm.mean_and_error(scores[:, 0], ones, each)
+    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples),
+               **pm.figure("accuracy", accuracy, accuracy_error), **pm.figure("log_prob", log_prob, error),
+               "perplexity": float(np.exp(min(-log_prob, 700)))}
     print(f"\n{len(examples):,} texts\n\n"
-          f"  accuracy            {100 * accuracy:6.2f} % ± {100 * error:.2f}\n"
-          f"  log-prob of a word  {mean:6.3f} nats ± {mean_error:.3f} (perplexity {np.exp(min(-mean, 700)):.1f})")
-    figures = {"benchmark": "lambada", "model": subject.name, "n": len(examples), **pm.figure("accuracy", accuracy, error),
-               **pm.figure("log_prob", mean, mean_error)}
-    return figures, [{"item": int(i), **records[i], "log_prob": p, "right": bool(r)} for i, p, r in zip(examples, log_p, right)]
+          f"  accuracy            {100 * accuracy:6.2f} % ± {100 * accuracy_error:.2f}\n"
+          f"  log-prob of a word  {log_prob:6.3f} nats ± {error:.3f} "
+          f"(perplexity {figures['perplexity']:.1f})")
+    figures |= harness_figures("lambada", subject, figures)
+    return figures, [{"item": int(i), **items[i], "log_prob": float(log_p), "right": bool(is_right)}
+                     for i, (log_p, is_right) in zip(examples, scores)]
 
 
 def word_scores(model, hidden, row):
-    """(sum of the log-probs of a completion's tokens, 1 if each is the likeliest one else 0): (K, 2)."""
-    source, target, completion = row.source, row.target, row.predicted
-    guess = torch.cat([model.logits(part).argmax(-1) for part in hidden[source].split(1024)])
-    wrong = torch.zeros(len(row.ends), device=hidden.device).index_add_(0, completion, (guess != row.tokens[target]).float())
-    return torch.stack([pm.completion_scores(model, hidden, row, "sum"), (wrong == 0).float()], 1)
+    """(K, 2): a completion's log-prob, and 1 if each of its tokens is the likeliest one, else 0."""
+    states, targets = hidden.index_select(0, row.source), row.tokens.index_select(0, row.target)
+    likeliest = torch.cat([model.logits(part).argmax(-1) for part in states.split(1024)])
+    misses = torch.zeros(len(row.ends), device=hidden.device)
+    misses.index_add_(0, row.predicted, (likeliest != targets).float())
+    return torch.stack([pm.completion_scores(model, hidden, row, "sum"), (misses == 0).float()], 1)
+
+
+def harness_figures(benchmark, subject, figures):
+    """Print which figures lm-evaluation-harness reports, too. Returns {"harness": {task: {its name:
+    figure}}}, or {} if its tasks ask otherwise. tests/compare_lm_eval.py compares them."""
+    if benchmark == "truthfulqa" and not subject.is_pm:
+        print("  lm-evaluation-harness: MC1 and MC2 by sum log-prob are the measures of truthfulqa_mc1 and\n"
+              "  truthfulqa_mc2, but these ask after six examples (Q: … A: …), so that their figures differ")
+    if benchmark not in HARNESS or subject.is_pm or subject.prefix:
+        return {}
+    task, names = HARNESS[benchmark]
+    named = {name: figures[key] for name, key in names.items()}
+    print(f"  lm-evaluation-harness: {task} has " + ", ".join(
+        f"{name} = {value:.4f} (our {names[name]})" for name, value in named.items()))
+    return {"harness": {task: named}}

@@ -95,19 +95,16 @@ def tokenised_comparisons(texts, files=("text",), lines=None):
 
 
 def examples_to_score(data, ctx, wanted, to_rank=False):
-    """The numbers of the comparisons to score: those that are marked in `wanted` (C,), that fit in `ctx`
-    tokens, and, if they are to be ranked, whose scores are not all equal.
+    """The numbers of the comparisons to score: those marked in `wanted` (C,) that fit in `ctx` tokens and, if
+    they are to be ranked, whose scores are not all equal.
 
-    Prints how many are left out, and how many contexts are cut on the left. Raises InputError if none is
-    left.
+    Says how many are left out, and how many contexts are cut. Raises InputError if none is left.
     """
-    fits = data.fits(ctx)
-    can_be_ranked = data.differ() if to_rank else fits
-    if (wanted & ~(fits & can_be_ranked)).any():
-        equal = f", {(wanted & fits & ~can_be_ranked).sum()} whose scores are all equal" if to_rank else ""
-        print(f"left out: {(wanted & ~fits).sum()} comparisons with a completion longer than --ctx {ctx}"
-              f"{equal}")
-    usable = wanted & fits & can_be_ranked
+    fits, differ = data.fits(ctx), data.differ() | (not to_rank)
+    usable = wanted & fits & differ
+    if (wanted & ~usable).any():
+        print(f"left out: {(wanted & ~fits).sum()} comparisons with a completion longer than --ctx {ctx}, "
+              f"{(wanted & fits & ~differ).sum()} whose scores are all equal")
     if not usable.any():
         raise InputError(f"{data.files[0]}: no comparison is left to score")
     if n_cut := (usable & data.is_cut(ctx)).sum():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
@@ -80,6 +81,16 @@ def run_well(name, *flags, **settings):
     return done.stdout
 
 
+def evaluate(benchmark, *flags):
+    """(figures, all that was printed) of evaluate.py in fp32; the figures stand in the last line, without NaN."""
+    printed = run_well("evaluate.py", benchmark, *flags, "--dtype", "fp32")
+    return json.loads(printed.splitlines()[-1], parse_constant=pytest.fail), printed
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def metrics(out, drop=("seconds",)):
     """The records of a run's metrics.jsonl, without the clock's."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
@@ -130,6 +141,30 @@ def make_comparisons(n=60, seed=0):
                        for good in rng.sample(range(4), rng.randint(2, 4))]
         yield {"context": f"{sentence(rng)} Now tell of {subject}:", "completions": completions,
                "scores": [c.count(subject) for c in completions], "group": f"group {rng.randrange(n // 2)}"}
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of all operators that torch carries out, and the types of what they make."""
+
+    # On a GPU each of these makes the program wait for the device.
+    WAITING = {"boolean index", "aten.nonzero.default", "aten._local_scalar_dense.default",
+               "aten.masked_select.default", "aten.repeat_interleave.Tensor", "aten.bincount.default",
+               "aten.unique.default"}
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.makes_float64 = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.names.add(str(function))
+        if function is torch.ops.aten.index.Tensor:
+            if any(index is not None and index.dtype == torch.bool for index in args[1]):
+                self.names.add("boolean index")
+        for made in torch.utils._pytree.tree_leaves(out):
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                self.makes_float64.add(str(function))
+        return out
 
 
 @pytest.fixture(scope="session", autouse=True)
