@@ -1,87 +1,156 @@
-"""bench.py runs from end to end and says what it measured. Nothing here depends on how fast that was."""
+"""bench.py runs from end to end, says what it measured, and compares what computes the same. Nothing here
+depends on how fast that is."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
-TINY = ("--size", "test", "--ctx", "256", "--batch", "12", "--lm_batch", "512", "--steps", "1", "--rounds", "2", "--prompt_tokens", "300")
+import bench
+from conftest import run, run_well, write_jsonl
+from data.comparisons import load_comparisons
+from data.tokenizer import get_tokenizer
+from model import GPT, Config
+from train_lm import window_loss
 
-
-def bench(*args, **environment):
-    return subprocess.run([sys.executable, "bench.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment})
+TINY = ("--size", "test", "--ctx", 256, "--batch", 12, "--lm_batch", 1024, "--prompt_tokens", 300,
+        "--rounds", 1)
+LAYOUTS = ["naive padded", "packed", "packed + shared prefix"]
 
 
 def write_comparisons(path):
-    """Three completions each, the best in the middle; two to three times as many tokens padded as packed."""
-    lines = [{"context": "tell me about it " * (i % 5 + 1), "completions": ["no", "yes, gladly " * (i % 3 + 1), "maybe"], "scores": [0, 2, 1]}
-             for i in range(12)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    """Three completions each, the best in the middle. Padded takes two to three times as many tokens."""
+    return write_jsonl(path, [
+        {"context": "tell me about it " * (i % 5 + 1), "scores": [0, 2, 1],
+         "completions": ["no", "yes, gladly " * (i % 3 + 1), "maybe"]} for i in range(12)])
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """(records, stdout, content of --out)"""
-    folder = tmp_path_factory.mktemp("bench")
-    data = write_comparisons(folder / "data.jsonl")
-    done = bench(*TINY, "--data", data, "--out", folder / "out.json")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in data.read_text().splitlines()], done.stdout, json.loads((folder / "out.json").read_text())
+def data(tmp_path_factory):
+    return write_comparisons(tmp_path_factory.mktemp("bench") / "data.jsonl")
+
+
+@pytest.fixture(scope="module")
+def measured(data):
+    """(what was printed, the content of --out)."""
+    out = data.with_name("out.json")
+    printed = run_well("bench.py", *TINY, "--data", data, "--out", out)
+    return printed, json.loads(out.read_text())
+
+
+def check_rows(printed, rows, unit, column, baseline):
+    """Every row is in the table, its figures lie within their ranges, and the baseline's ratio is 1."""
+    for name, row in rows.items():
+        assert name in printed
+        assert 0 < row["min"] <= row[f"{unit}_per_second"] <= row["max"], name
+        low, high = row[f"range_{column}"]
+        assert 0 < low <= row[f"ratio_{column}"] <= high and row["memory_gib"] >= 0, name
+    assert [rows[baseline][f"ratio_{column}"], *rows[baseline][f"range_{column}"]] == [1, 1, 1]
 
 
 def test_training_is_measured_and_written(measured):
-    _, stdout, result = measured
-    assert json.loads(stdout.splitlines()[-1]) == result
-    assert {"date", "command", "machine", "peak_gflops", "model", "pm", "lm", "prompt"} <= set(result)
-    assert {"cpu", "cores", "threads", "torch"} <= set(result["machine"]) and min(result["peak_gflops"].values()) > 0
-    pm, lm = ({name: row for name, row in result[part].items() if "TRL" not in name} for part in ("pm", "lm"))
-    assert list(pm) == ["naive padded", "packed", "packed + shared prefix"] and list(lm) == ["plain loop", "train_lm.py"]
-    for unit, rows, baseline in (("pairs", pm, "naive"), ("tokens", lm, "plain")):
-        base = next(iter(rows.values()))[f"{unit}_per_second"]
-        for name, row in rows.items():
-            assert name in stdout
-            assert 0 < row["min"] <= row[f"{unit}_per_second"] <= row["max"], name
-            assert 0 < row["useful"] and 0 < row["mfu"] and row["memory_gib"] >= 0, name
-            assert row[f"ratio_x {baseline}"] == pytest.approx(row[f"{unit}_per_second"] / base), name
+    printed, result = measured
+    assert json.loads(printed.splitlines()[-1]) == result
+    assert {"command", "machine", "model", "pm", "lm", "prompt"} <= set(result)
+    assert {"cpu", "cores", "threads", "torch"} <= set(result["machine"])
+    pm = {name: row for name, row in result["pm"].items() if "TRL" not in name}
+    assert list(pm) == LAYOUTS
+    check_rows(printed, pm, "pairs", "x naive", "naive padded")
+    shapes = ["ctx 512, vocabulary 320", "ctx 1024, vocabulary 320", "ctx 1024, vocabulary 50304"]
+    assert list(result["lm"]) == shapes
+    for rows in result["lm"].values():
+        assert list(rows) == ["plain loop", "train_lm.py"]
+        check_rows(printed, rows, "tokens", "x plain", "plain loop")
+    large = result["lm"][shapes[-1]]
+    assert large["train_lm.py"]["memory_gib"] < large["plain loop"]["memory_gib"]  # its logits take memory
 
 
 def test_what_a_prompt_costs_is_measured_and_written(measured):
-    _, stdout, result = measured
+    printed, result = measured
     prompt = result["prompt"]
-    assert prompt["prompt_tokens"] == 300 and prompt["cache_bytes_per_token"] == 50 * 2 + 51 * 2
-    distilling = "making the teacher's cache", "training on the cache", "both, for a single epoch"
-    parts = (("scoring", "completions", "naive", [f"naive, batch of {n} ({n} of 160, scaled)" for n in (1, 8)], ["prompt once + packed rows"]),
-             ("distillation", "sequences", "naive", ["naive (2 of 32, scaled)"], distilling),
-             ("sampling", "samples", "alone", ["one at a time (3 of 100, scaled)"], ["n = 100"]))
-    for part, unit, baseline, slow, ours in parts:
-        rows = prompt[part]
-        assert list(rows) == [*slow, *ours]
-        base = max(rows[name][f"{unit}_per_second"] for name in slow)  # the ratios are to the better of the plain ways
-        for name, row in rows.items():
-            assert name in stdout
-            assert 0 < row["min"] <= row[f"{unit}_per_second"] <= row["max"] and row["memory_gib"] >= 0, name
-            assert row[f"ratio_x {baseline}"] == pytest.approx(row[f"{unit}_per_second"] / base), name
+    assert prompt["prompt_tokens"] == 300
+    distilling = ["making the teacher's cache", "training on the cache", "both, for a single epoch"]
+    for part, unit, column, slow, ours in (
+            ("scoring", "completions", "x naive", "naive, batch of 8 (8 of 160, scaled)",
+             ["prompt once + packed rows"]),
+            ("distillation", "sequences", "x naive", "naive (2 of 32, scaled)", distilling),
+            ("sampling", "samples", "x alone", "one at a time (1 of 100, scaled)", ["n = 100"])):
+        assert list(prompt[part]) == [slow, *ours]
+        check_rows(printed, prompt[part], unit, column, slow)
     making, training, both = (prompt["distillation"][name]["sequences_per_second"] for name in distilling)
     assert both < min(making, training)
 
 
-def test_each_layout_computes_what_its_name_says(measured):
-    """Tokens a pair: the batch's longest sequence twice; both sequences; the context once."""
-    records, _, result = measured
-    context, best, worst = zip(*((len(r["context"]), len(r["completions"][1]) + 1, len(r["completions"][0]) + 1) for r in records))
-    assert result["pm"]["naive padded"]["tokens"] == 2 * max(c + b for c, b in zip(context, best))
-    assert result["pm"]["packed"]["tokens"] == (2 * sum(context) + sum(best) + sum(worst)) / len(records)
-    assert result["pm"]["packed + shared prefix"]["tokens"] == (sum(context) + sum(best) + sum(worst)) / len(records)
+def test_each_layout_computes_what_its_name_says(measured, data):
+    """Tokens of a pair: twice the longest sequence of the batch; both sequences; the context once."""
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    context = [len(record["context"]) for record in records]
+    worst, best = ([len(record["completions"][i]) + 1 for record in records] for i in (0, 1))  # and <eoc>
+    padded, packed, shared = (measured[1]["pm"][name]["tokens"] for name in LAYOUTS)
+    assert padded == 2 * max(c + b for c, b in zip(context, best))
+    assert packed == (2 * sum(context) + sum(best) + sum(worst)) / len(records)
+    assert shared == (sum(context) + sum(best) + sum(worst)) / len(records)
 
 
-def test_what_cannot_be_measured_is_one_line(tmp_path):
-    (tmp_path / "equal.jsonl").write_text('{"context": "a", "completions": ["b", "c"], "scores": [1, 1]}\n')
-    for args, words in (((*TINY, "--data", tmp_path / "equal.jsonl"), "no comparison with a better and a worse completion"),
-                        ((*TINY, "--data", write_comparisons(tmp_path / "d.jsonl"), "--lm_batch", 100), "--lm_batch 100")):
-        done = bench(*args)
-        assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_ratios_are_taken_within_a_round(capsys):
+    """The machine is slow in the second round, which must not show in the ratio."""
+    figures = {"slow": (np.array([10.0, 1.0, 12.0]), 2.0), "fast": (np.array([20.0, 3.0, 24.0]), None)}
+    rows = bench.table("Title", "pairs", figures, {"x slow": ["slow"]}, tokens={"fast": 7})
+    fast = rows["fast"]
+    assert (fast["pairs_per_second"], fast["min"], fast["max"]) == (20, 3, 24)
+    assert fast["ratio_x slow"] == 2 and fast["range_x slow"] == [2, 3]
+    assert "2.00 (2.00-3.00)" in capsys.readouterr().out
+    assert rows["slow"]["tokens"] is None and fast["memory_gib"] is None
+
+
+def test_all_layouts_give_the_same_loss_and_gradient(data):
+    tokenizer = get_tokenizer("bytes")
+    args = SimpleNamespace(ctx=80, batch=12)  # some contexts are cut
+    pairs = bench.Pairs(args, load_comparisons([data], tokenizer), tokenizer, torch.device("cpu"))
+    model = GPT(Config(2, 64, 2, 320, 80, value_head=True)).init_weights(seed=0).double()
+    model.dtype = torch.float64
+    found = []
+    for loss in (pairs.padded_loss, pairs.packed_loss, pairs.shared_loss):
+        model.zero_grad()
+        total, count = loss(model, 0)
+        total.backward()
+        assert count == 12
+        found.append(torch.cat([total.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_plain_loop_computes_the_same_loss():
+    config = Config(2, 64, 2, 320, 32)
+    windows = torch.from_numpy(np.random.default_rng(0).integers(320, size=(3, 33)))
+    plain, model = (kind(config).init_weights(seed=0) for kind in (bench.PlainGPT, GPT))
+    expected = window_loss(model, windows)
+    torch.testing.assert_close(bench.dense_loss(plain, windows), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_models_are_timed(data):
+    """A step that compiles, and one that is timed."""
+    printed = run_well("bench.py", "pm", *TINY, "--data", data, "--compile")
+    rows = json.loads(printed.splitlines()[-1])["pm"]
+    assert [name for name in rows if "TRL" not in name] == [*LAYOUTS, "packed + shared prefix, compiled"]
+    assert rows["packed + shared prefix, compiled"]["tokens"] == rows["packed + shared prefix"]["tokens"]
+
+
+def test_a_checkpoint_gives_the_sizes(pm):
+    printed = run_well("bench.py", "lm", *TINY, "--init", pm)
+    result = json.loads(printed.splitlines()[-1])
+    assert result["model"]["d_model"] == 64 and result["model"]["vocab_size"] == 320
+    assert list(result["lm"]) == ["ctx 256, vocabulary 320"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["pm"], "no comparison with a better and a worse completion"),
+    (["lm", "--lm_batch", 100], "--lm_batch 100")])
+def test_what_cannot_be_measured_is_one_line(tmp_path, flags, words):
+    record = {"context": "a", "completions": ["b", "c"], "scores": [1, 1]}
+    equal = write_jsonl(tmp_path / "equal.jsonl", [record])
+    done = run("bench.py", flags[0], *TINY, "--data", equal, *flags[1:])
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
