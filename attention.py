@@ -7,6 +7,9 @@
 A shared prefix costs one matrix product for all queries together. Its part and the part of the queries' own
 keys are joined in one softmax on CPUs, and by their log-sum-exps on CUDA.
 
+There may be fewer heads of keys, G, than of queries, H. Keys are not copied for each head of queries: the
+R = H / G heads that share a key head are rows of one product with its keys.
+
 tests/test_model.py compares every way with the definition, forward and backward, in fp64.
 """
 import inspect
@@ -23,8 +26,8 @@ varlen_attn = None  # torch's variable-length attention
 if torch.backends.cuda.is_built():  # elsewhere it is of no use, and importing it takes a second
     try:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch >= 2.10
-        has_window = "window_size" in inspect.signature(varlen_attn).parameters
-        CAUSAL = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+        VARLEN_FLAGS = inspect.signature(varlen_attn).parameters  # newer versions of torch have more of them
+        CAUSAL = {"window_size": (-1, 0)} if "window_size" in VARLEN_FLAGS else {"is_causal": True}
     except ImportError:
         pass
 
@@ -32,42 +35,56 @@ if torch.backends.cuda.is_built():  # elsewhere it is of no use, and importing i
 def attention(q, k, v, layout=None, only_ends=False, prefix=()):
     """What model.plain_attention computes, by the fastest way that this device has. Returns the shape of q.
 
-    Without a layout: q (n, t, H, D), k and v (n, T, H, D); causal, where the queries are the last t of the T
-    tokens. With a layout (data/packing.py): q, k and v (T, H, D) of a packed row, or with only_ends q
-    (K, H, D), the queries at the completions' ends. prefix: pairs of keys and values (P, H, D), which every
+    Without a layout: q (n, t, H, D), k and v (n, T, G, D); causal, where the queries are the last t of the T
+    tokens. With a layout (data/packing.py): q (T, H, D), k and v (T, G, D) of a packed row, or with only_ends
+    q (K, H, D), the queries at the completions' ends. prefix: pairs of keys and values (P, G, D), which every
     query sees.
     """
     if layout is None:
         if prefix or q.shape[1] < k.shape[1]:
             return continued_attention(q, k, v, prefix)
         return causal_attention(q, k, v)
-    if has_varlen(q):
+    if has_varlen(q, k):
         return varlen_attention(q, k, v, layout, only_ends, prefix)
     tiles = layout.table(("tiles", only_ends, q.dtype, q.device), lambda: layout_tiles(layout, only_ends, q))
     if prefix:
         return prefixed_tiles(q, k, v, tiles, prefix)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return TiledAttention.apply(q, k, v, tiles).transpose(0, 1)
+    out = TiledAttention.apply(by_key_head(q, k), k.transpose(0, 1), v.transpose(0, 1), tiles)
+    return by_token(out)
 
 
-def has_varlen(q):
+def has_varlen(q, k):
     """True if torch's variable-length attention can compute this."""
-    return varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    if varlen_attn is None or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return q.shape[-2] == k.shape[-2] or "enable_gqa" in VARLEN_FLAGS
+
+
+def by_key_head(q, k):
+    """Queries (…, T, H, D), for keys (…, G, D), -> (…, G, R, T, D): those of each key head together."""
+    return q.unflatten(-2, (k.shape[-2], -1)).movedim(-4, -2)
+
+
+def by_token(x):
+    """The reverse of by_key_head: (…, G, R, T, D) -> (…, T, H, D)."""
+    return x.movedim(-2, -4).flatten(-3, -2)
 
 
 def causal_attention(q, k, v):
-    """Causal attention of whole sequences, (B, T, H, D) each."""
-    B, T, H, D = q.shape
+    """Causal attention of whole sequences: q (B, T, H, D), k and v (B, T, G, D)."""
+    B, T, H, _ = q.shape
+    G = k.shape[2]
     if q.device.type != "cpu":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H).transpose(1, 2)
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
     tiles = []
     for start in range(0, T, TILE):
         end = min(start + TILE, T)
         tiles.append((start, end, [(0, end)], mask[start:end, :end]))
-    q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-    return TiledAttention.apply(q, k, v, tiles).view(B, H, T, D).transpose(1, 2)
+    q = by_key_head(q, k).flatten(0, 1)  # (B G, R, T, D)
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B G, T, D)
+    return by_token(TiledAttention.apply(q, k, v, tiles).unflatten(0, (B, G)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,8 +93,8 @@ def causal_attention(q, k, v):
 
 
 class TiledAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v, tile by tile; q, k and v (N, T, D), where N is heads, or sequences
-    times heads.
+    """softmax(q k^T / sqrt(D) + mask) v, tile by tile: q (N, R, T, D), k and v (N, T, D), where N is key
+    heads, or sequences times key heads. Returns the shape of q.
 
     On CPUs in bf16 this is about twice as fast as F.scaled_dot_product_attention, whose backward pass is slow
     there (results/LOG.md).
@@ -87,9 +104,9 @@ class TiledAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, tiles):
         out, weights = torch.empty_like(q), []
         for start, end, ranges, mask in tiles:
-            scores = tile_scores(q[:, start:end], gather(k, ranges), mask)
+            scores = tile_scores(q[:, :, start:end], gather(k, ranges), mask)
             weights.append(torch.softmax(scores, -1))
-            out[:, start:end] = torch.bmm(weights[-1], gather(v, ranges))
+            out[:, :, start:end] = torch.bmm(weights[-1], gather(v, ranges)).view(out[:, :, start:end].shape)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.tiles = tiles
         return out
@@ -99,20 +116,23 @@ class TiledAttention(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, end, ranges, _), p in zip(ctx.tiles, weights):
-            d_tile = d_out[:, start:end]
+            q_tile, d_tile = (x[:, :, start:end].flatten(1, 2) for x in (q, d_out))  # (N, R queries, D)
             dp = torch.bmm(d_tile, gather(v, ranges).transpose(1, 2))
             # The gradient of softmax, p * (dp - sum(dp * p)), in one pass, by torch's own operator for it.
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, start:end] = torch.bmm(ds, gather(k, ranges))
-            scatter_add(dk, ranges, torch.bmm(ds.transpose(1, 2), q[:, start:end]))
+            dq[:, :, start:end] = torch.bmm(ds, gather(k, ranges)).view(dq[:, :, start:end].shape)
+            scatter_add(dk, ranges, torch.bmm(ds.transpose(1, 2), q_tile))
             scatter_add(dv, ranges, torch.bmm(p.transpose(1, 2), d_tile))
         scale = q.shape[-1] ** -0.5
         return dq.mul_(scale), dk.mul_(scale), dv, None
 
 
 def tile_scores(q, k, mask):
-    """q k^T / sqrt(D) + mask: q (N, queries, D), k (N, keys, D), mask (queries, keys)."""
-    return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    """q k^T / sqrt(D) + mask: q (N, R, queries, D), k (N, keys, D), mask (queries, keys) -> (N, R queries,
+    keys)."""
+    N, R, _, D = q.shape
+    mask = mask.expand(R, -1, -1).flatten(0, 1).expand(N, -1, -1)
+    return torch.baddbmm(mask, q.flatten(1, 2), k.transpose(1, 2), alpha=D ** -0.5)
 
 
 def gather(x, ranges):
@@ -190,42 +210,43 @@ def end_ranges(layout):
 
 
 def continued_attention(q, k, v, prefix):
-    """n sequences go on by t tokens: q (n, t, H, D); k and v (n, T, H, D) of all their tokens since the
+    """n sequences go on by t tokens: q (n, t, H, D); k and v (n, T, G, D) of all their tokens since the
     prefix.
     """
     n, t, H, D = q.shape
-    T = k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (n, H, …, D)
-    scores = q @ k.transpose(2, 3) * D ** -0.5  # (n, H, t, T)
+    T, G = k.shape[1:3]
+    q, k, v = by_key_head(q, k), k.transpose(1, 2), v.transpose(1, 2)  # (n, G, …, D)
+    scores = q.flatten(2, 3) @ k.transpose(2, 3) * D ** -0.5  # (n, G, R t, T)
     if t > 1:
         future = torch.ones(t, T, dtype=torch.bool, device=q.device).triu(T - t + 1)
-        scores = scores.masked_fill(future, -math.inf)
+        scores = scores.masked_fill(future.repeat(H // G, 1), -math.inf)
     if not prefix:
-        return (scores.softmax(-1) @ v).transpose(1, 2)
+        return by_token((scores.softmax(-1) @ v).view(q.shape))
     # The queries of all sequences are the rows of one product with the prefix, so its keys are read once.
-    rows, scores = q.transpose(0, 1).reshape(H, n * t, D), scores.transpose(0, 1).reshape(H, n * t, T)
+    rows, scores = (x.transpose(0, 1).reshape(G, -1, x.shape[-1]) for x in (q, scores))
     weights, from_prefix = join_prefix(rows, scores, prefix)
-    out = weights.view(H, n, t, T).transpose(0, 1) @ v + from_prefix.view(H, n, t, D).transpose(0, 1)
-    return out.transpose(1, 2)
+    own, from_prefix = (x.view(G, n, -1, x.shape[-1]).transpose(0, 1) for x in (weights, from_prefix))
+    return by_token((own @ v + from_prefix).view(q.shape))
 
 
 def prefixed_tiles(q, k, v, tiles, prefix):
-    """A packed row behind prefixes: q, k, v (T, H, D)."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    """A packed row behind prefixes: q (T, H, D), k and v (T, G, D)."""
+    q, k, v = by_key_head(q, k), k.transpose(0, 1), v.transpose(0, 1)
     out = torch.empty_like(q)
     for start, end, ranges, mask in tiles:
-        scores = tile_scores(q[:, start:end], gather(k, ranges), mask)
-        weights, from_prefix = join_prefix(q[:, start:end], scores, prefix)
-        out[:, start:end] = weights @ gather(v, ranges) + from_prefix
-    return out.transpose(0, 1)
+        q_tile = q[:, :, start:end]
+        scores = tile_scores(q_tile, gather(k, ranges), mask)
+        weights, from_prefix = join_prefix(q_tile.flatten(1, 2), scores, prefix)
+        out[:, :, start:end] = (weights @ gather(v, ranges) + from_prefix).view(q_tile.shape)
+    return by_token(out)
 
 
 def join_prefix(rows, scores, prefix):
     """One softmax over the keys of the prefixes and the queries' own keys.
 
-    rows (H, R, D): the queries. scores (H, R, K): those of their own keys, scaled and masked. prefix: pairs
-    of keys and values (P, H, D). Returns (the weights of their own keys (H, R, K), what the prefixes
-    contribute to the output (H, R, D)).
+    rows (G, Q, D): the queries of each key head. scores (G, Q, K): those of their own keys, scaled and
+    masked. prefix: pairs of keys and values (P, G, D). Returns (the weights of their own keys (G, Q, K), what
+    the prefixes contribute to the output (G, Q, D)).
     """
     all_scores = [rows @ k.permute(1, 2, 0) * rows.shape[-1] ** -0.5 for k, _ in prefix] + [scores]
     weights = torch.cat(all_scores, -1).softmax(-1).split([x.shape[-1] for x in all_scores], -1)
@@ -244,13 +265,14 @@ def varlen_attention(q, k, v, layout, only_ends, prefix):
     k_own, v_own = k.index_select(0, places), v.index_select(0, places)
     # With more keys than queries, "causal" lets the last query see all keys, the one before it all but one,
     # and so on. So a completion's tokens see the whole context.
+    shared = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
     if not prefix:
-        return varlen_attn(q, k_own, v_own, *lengths, **CAUSAL)
-    with_lse = AuxRequest(lse=True)
-    out, lse = varlen_attn(q, k_own, v_own, *lengths, return_aux=with_lse, **CAUSAL)
+        return varlen_attn(q, k_own, v_own, *lengths, **CAUSAL, **shared)
+    with_lse = {"return_aux": AuxRequest(lse=True), **shared}
+    out, lse = varlen_attn(q, k_own, v_own, *lengths, **with_lse, **CAUSAL)
     for prefix_k, prefix_v in prefix:  # one sequence of all queries, which sees all of the prefix
         ends = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, prefix_k)]
-        more = varlen_attn(q, prefix_k, prefix_v, *ends, len(q), len(prefix_k), return_aux=with_lse)
+        more = varlen_attn(q, prefix_k, prefix_v, *ends, len(q), len(prefix_k), **with_lse)
         out, lse = merge(out, lse, *more)
     return out
 

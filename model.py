@@ -3,7 +3,8 @@
 A decoder in the Llama layout: RMSNorm before each part, rotary positions, SwiGLU, no biases, and (by default)
 one table for input and output. Parameters have the names of transformers' LlamaForCausalLM and
 LlamaForSequenceClassification, so a state dict needs no translation. A preference model (PM) is the same
-transformer with one more row of weights, the value head `score`.
+transformer with one more row of weights, the value head `score`. With the last fields of Config it is also
+what others have published in this layout: Llama 1 to 3, Mistral, Qwen 2 and 3, SmolLM and more.
 
 `GPT.forward` maps tokens to hidden states in three ways that give equal results:
 
@@ -50,11 +51,19 @@ class Config:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
-    @property
-    def d_ff(self):
-        """Width of the MLP: about 8/3 d_model. So SwiGLU's three matrices cost as much as the two matrices of
-        width 4 d_model in a GPT."""
-        return max(64, round(self.d_model * 8 / 3 / 64) * 64)
+    # What published models of the Llama family have besides. None stands for what __post_init__ says.
+    n_key_head: int | None = None  # heads of keys and values, each for n_head / n_key_head heads of queries
+    d_head: int | None = None  # width of a head
+    d_ff: int | None = None  # width of the MLP
+    rope_scaling: dict | None = None  # slower rotation for longer contexts, see scaled_frequencies
+    family: str = "llama"  # or mistral; qwen2, with biases on q, k and v; qwen3, with norms on q and k
+    window: int | None = None  # tokens that a token looks back in some layers; a ctx up to it is exact
+
+    def __post_init__(self):
+        self.n_key_head = self.n_key_head or self.n_head
+        self.d_head = self.d_head or self.d_model // self.n_head
+        # About 8/3 d_model: SwiGLU's three matrices cost as much as the two of width 4 d_model in a GPT.
+        self.d_ff = self.d_ff or max(64, round(self.d_model * 8 / 3 / 64) * 64)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -64,8 +73,10 @@ class Config:
 def attention(q, k, v, visible):
     """The definition: softmax(q k^T / sqrt(D)) v over the keys that each query sees.
 
-    q (…, Tq, H, D), k and v (…, Tk, H, D), visible (Tq, Tk) bool. Returns the shape of q.
+    q (…, Tq, H, D), k and v (…, Tk, G, D), visible (Tq, Tk) bool. G, the number of key heads, divides H: each
+    is there for H / G heads of queries that follow each other. Returns the shape of q.
     """
+    k, v = (x.repeat_interleave(q.shape[-2] // k.shape[-2], -2) for x in (k, v))  # (…, Tk, H, D)
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (…, H, T, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (…, H, Tq, Tk)
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -76,7 +87,7 @@ def plain_attention(q, k, v, layout, only_ends, prefix):
     """`attention` of a layer's q, k, v, with all that a query may see written out as keys and one mask.
 
     Without a layout the queries are the last tokens of each sequence. prefix: pairs of keys and values
-    (P, H, D), in reading order, which every query sees besides its own sequence.
+    (P, G, D), in reading order, which every query sees besides its own sequence.
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
@@ -102,8 +113,8 @@ class Cache:
     def __init__(self, room, n=1, prefix=()):
         self.n, self.room = n, room
         self.length = 0  # tokens that were appended
-        self.stored = []  # for each layer (2, n, H, room, D), keys and values
-        self.prefix = list(prefix)  # in reading order; each has for each layer (keys, values), (P, H, D)
+        self.stored = []  # for each layer (2, n, G, room, D), keys and values of G key heads
+        self.prefix = list(prefix)  # in reading order; each has for each layer (keys, values), (P, G, D)
         self.prefix_tokens = sum(len(part[0][0]) for part in self.prefix)
 
     def fork(self, n, room):
@@ -124,11 +135,11 @@ class Cache:
         self.stored, self.n = [x.index_select(1, rows) for x in self.stored], len(rows)
 
     def append(self, layer, k, v):
-        """Store the keys and values (n, t, H, D) of new tokens. Returns those of all tokens so far, views
-        (n, T, H, D)."""
-        n, t, n_head, d_head = k.shape
+        """Store the keys and values (n, t, G, D) of new tokens. Returns those of all tokens so far, views
+        (n, T, G, D)."""
+        n, t, n_key_head, d_head = k.shape
         if layer == len(self.stored):
-            self.stored.append(k.new_empty(2, n, n_head, self.room, d_head))
+            self.stored.append(k.new_empty(2, n, n_key_head, self.room, d_head))
         end = self.length + t
         for stored, new in zip(self.stored[layer], (k, v)):
             stored[:, :, self.length:end] = new.transpose(1, 2)
@@ -140,27 +151,35 @@ class Cache:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, applied in the precision of its input."""
+    """A matrix, without bias by default, applied in the precision of its input."""
 
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in, d_out, bias=False):
+        super().__init__(d_in, d_out, bias=bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Attention(nn.Module):
-    """The four matrices of self-attention."""
+    """The four matrices of self-attention, and Qwen 3's norms of each head of q and k."""
 
     def __init__(self, config):
         super().__init__()
-        d = config.d_model
-        self.n_head = config.n_head
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(d, d) for _ in range(4))
+        d, d_head, has_bias = config.d_model, config.d_head, config.family == "qwen2"
+        self.d_head = d_head
+        self.q_proj = Linear(d, config.n_head * d_head, has_bias)
+        self.k_proj = Linear(d, config.n_key_head * d_head, has_bias)
+        self.v_proj = Linear(d, config.n_key_head * d_head, has_bias)
+        self.o_proj = Linear(config.n_head * d_head, d)
+        has_norms = config.family == "qwen3"
+        self.q_norm = nn.RMSNorm(d_head, eps=config.norm_eps) if has_norms else None
+        self.k_norm = nn.RMSNorm(d_head, eps=config.norm_eps) if has_norms else None
 
-    def heads(self, x, matrix):
-        """(…, T, d_model) -> (…, T, H, D)."""
-        return matrix(x).unflatten(-1, (self.n_head, -1))
+    def heads(self, x, matrix, norm=None):
+        """(…, T, d_model) -> (…, T, H or G, D)."""
+        heads = matrix(x).unflatten(-1, (-1, self.d_head))
+        return heads if norm is None else norm(heads.to(norm.weight.dtype)).to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -169,6 +188,23 @@ def rotate(x, cos, sin):
     x (…, T, H, D); cos and sin (T, 1, D) from GPT.rotation, which gives the first half of `sin` a minus sign.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def scaled_frequencies(frequencies, scaling):
+    """Rotary frequencies (D / 2,), in radians a position, slowed down for contexts that are `factor` times
+    longer than those of the first training. scaling: `rope_scaling` of a config.json, or None.
+
+    "linear" slows down all of them. "llama3" keeps those that make more than high_freq_factor turns in a
+    context of the first training, slows down those that make fewer than low_freq_factor, and blends between.
+    """
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (unchanged + (1 - unchanged) / scaling["factor"])
 
 
 class MLP(nn.Module):
@@ -204,12 +240,12 @@ class Block(nn.Module):
         return self.after_attention(x, attend(q, k, v))
 
     def before_attention(self, x, cos, sin, ends=None):
-        h = self.input_layernorm(x).to(cos.dtype)
-        k = rotate(self.self_attn.heads(h, self.self_attn.k_proj), cos, sin)
-        v = self.self_attn.heads(h, self.self_attn.v_proj)
+        h, attn = self.input_layernorm(x).to(cos.dtype), self.self_attn
+        k = rotate(attn.heads(h, attn.k_proj, attn.k_norm), cos, sin)
+        v = attn.heads(h, attn.v_proj)
         if ends is not None:
             h, cos, sin = (part.index_select(0, ends) for part in (h, cos, sin))
-        q = rotate(self.self_attn.heads(h, self.self_attn.q_proj), cos, sin)
+        q = rotate(attn.heads(h, attn.q_proj, attn.q_norm), cos, sin)
         return q, k, v
 
     def after_attention(self, x, gathered):
@@ -242,7 +278,7 @@ class GPT(nn.Module):
            nothing).
         2. Matrices whose output is added to the residual stream: smaller by sqrt(2 n_layer), as in GPT-2.
         3. The value head: std 1 / sqrt(d_model + 1), as in OpenAI's summarize-from-feedback.
-        4. Norms: ones.
+        4. Norms: ones. Biases: zeros.
         """
         generator = torch.Generator(self.unembedding.device).manual_seed(seed)
         for name, p in self.named_parameters():
@@ -254,7 +290,7 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=std, generator=generator)
             else:
-                nn.init.ones_(p)
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         return self
 
     @property
@@ -289,7 +325,7 @@ class GPT(nn.Module):
         return self.model.norm(x)
 
     def attend(self, layer, layout, cache, only_ends, q, k, v):
-        """Attention of a layer's q, k and v, each (B, T, H, D), or (T, H, D) of a packed row."""
+        """Attention of a layer's q (B, T, H, D), k and v (B, T, G, D); without B for a packed row."""
         prefix = [part[layer] for part in cache.prefix] if cache is not None else []
         if cache is not None and layout is None:
             k, v = cache.append(layer, k, v)
@@ -298,10 +334,11 @@ class GPT(nn.Module):
 
     def rotation(self, positions):
         """cos and sin (T, 1, D) of the rotary angles at these positions, for `rotate`."""
-        half = self.config.d_model // self.config.n_head // 2
+        half = self.config.d_head // 2
         precise = torch.promote_types(self.dtype, torch.float32)
         exponents = -torch.arange(half, device=positions.device, dtype=precise) / half
-        angles = positions.to(precise)[:, None, None] * self.config.rope_theta ** exponents  # (T, 1, D / 2)
+        frequencies = scaled_frequencies(self.config.rope_theta ** exponents, self.config.rope_scaling)
+        angles = positions.to(precise)[:, None, None] * frequencies  # (T, 1, D / 2)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 

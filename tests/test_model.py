@@ -29,7 +29,7 @@ def naive(model, tokens):
     """The transformer written again in the plainest way, as a check: one sequence (T,) -> hidden (T, d)."""
     c = model.config
     x, T = model.model.embed_tokens.weight[tokens], len(tokens)
-    half = c.d_model // c.n_head // 2
+    half = c.d_head // 2
     angle = torch.arange(T, dtype=x.dtype)[:, None] * c.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
@@ -43,8 +43,11 @@ def naive(model, tokens):
         h, a, m = norm(x, block.input_layernorm.weight), block.self_attn, block.mlp
         heads = []
         for i in range(c.n_head):
-            s = slice(i * 2 * half, (i + 1) * 2 * half)
-            q, k, v = turn(h @ a.q_proj.weight[s].T), turn(h @ a.k_proj.weight[s].T), h @ a.v_proj.weight[s].T
+            own = slice(i * c.d_head, (i + 1) * c.d_head)
+            j = i // (c.n_head // c.n_key_head)  # the key head that this head of queries uses
+            shared = slice(j * c.d_head, (j + 1) * c.d_head)
+            q, k = turn(h @ a.q_proj.weight[own].T), turn(h @ a.k_proj.weight[shared].T)
+            v = h @ a.v_proj.weight[shared].T
             scores = (q @ k.T / (2 * half) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
             heads.append(scores.softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ a.o_proj.weight.T
@@ -76,6 +79,15 @@ CASES = {"two each": random_comparisons(0, [2] * 7), "two to five": random_compa
          "longer than a tile": LONG, "long between short": random_comparisons(3, [2, 2]) + LONG + random_comparisons(4, [3])}
 
 
+SHAPES = {"as many key heads": {}, "fewer key heads": {"n_head": 6, "n_key_head": 2, "d_head": 10, "d_ff": 40}}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    """Settings of a model with as many heads of keys as of queries, and of one with fewer."""
+    return SHAPES[request.param]
+
+
 def same(a, b):
     assert a.shape == b.shape
     assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
@@ -94,8 +106,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-def test_causal_equals_the_naive_transformer(way):
-    model, tokens = make_model(), torch.randint(101, (3, 300), generator=torch.Generator().manual_seed(0))
+def test_causal_equals_the_naive_transformer(way, shape):
+    model, tokens = make_model(**shape), torch.randint(101, (3, 300), generator=torch.Generator().manual_seed(0))
     together = model(tokens)
     alone = torch.stack([naive(model, row) for row in tokens])
     same(together, alone)
@@ -107,8 +119,8 @@ def test_causal_equals_the_naive_transformer(way):
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, way):
-    model, comparisons = make_model(value_head=True), CASES[case]
+def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, way, shape):
+    model, comparisons = make_model(value_head=True, **shape), CASES[case]
     tokens, layout = packed(comparisons)
     ends = [layout.starts[i + 1] - 1 for i, p in enumerate(layout.parents) if p != i]
     hidden = model(tokens, layout, only_ends=only_ends)
@@ -132,8 +144,11 @@ def test_without_attention_py_everything_works_by_the_definition():
     assert not net.plain and float(done.stdout) == pytest.approx(net(torch.arange(50)[None]).detach().double().sum().item(), abs=1e-3)
 
 
-def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), return_aux=None):
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), return_aux=None,
+                 enable_gqa=False):
     """torch's variable-length attention runs on CUDA only. This stand-in with its contract shows what it is given."""
+    assert enable_gqa == (k.shape[1] < q.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     assert window_size in ((-1, 0), (-1, -1)) and cu_q.dtype == cu_k.dtype == torch.int32
     out, lse = [], []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
@@ -153,23 +168,27 @@ def cuda_way(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
     monkeypatch.setattr(attention, "CAUSAL", {"window_size": (-1, 0)}, raising=False)
     monkeypatch.setattr(attention, "AuxRequest", dict, raising=False)
-    monkeypatch.setattr(attention, "has_varlen", lambda q: True)
+    monkeypatch.setattr(attention, "has_varlen", lambda q, k: True)
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_path_reads_the_same_keys(case, only_ends, cuda_way):
-    model = make_model()
+def test_cuda_path_reads_the_same_keys(case, only_ends, cuda_way, shape):
+    model = make_model(**shape)
     tokens, layout = packed(CASES[case])
-    got = model(tokens, layout, only_ends=only_ends)
-    model.plain = True
-    same(got, model(tokens, layout, only_ends=only_ends))
+    results = []
+    for model.plain in (False, True):
+        hidden = model(tokens, layout, only_ends=only_ends)
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
+        results.append([hidden, *torch.autograd.grad((hidden * weight).sum(), list(model.parameters()))])
+    for got, expected in zip(*results):
+        same(got, expected)
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_path_behind_a_prompt_merges_two_attentions(case, only_ends, cuda_way):
-    model = make_model()
+def test_cuda_path_behind_a_prompt_merges_two_attentions(case, only_ends, cuda_way, shape):
+    model = make_model(**shape)
     tokens, layout = packed(CASES[case])
     prompt = torch.randint(101, (150,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -180,16 +199,16 @@ def test_cuda_path_behind_a_prompt_merges_two_attentions(case, only_ends, cuda_w
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 30, (7, 1, 13, 9), (30,)])
-def test_cache_equals_causal(chunks, way):
-    model, tokens = make_model(), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
+def test_cache_equals_causal(chunks, way, shape):
+    model, tokens = make_model(**shape), torch.randint(101, (1, 30), generator=torch.Generator().manual_seed(0))
     cache = Cache(30)
     with torch.no_grad():
         out = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, 1)], 1)
         same(out, model(tokens))
 
 
-def test_shared_prefix_equals_whole_sequences(way):
-    model, g = make_model(), torch.Generator().manual_seed(0)
+def test_shared_prefix_equals_whole_sequences(way, shape):
+    model, g = make_model(**shape), torch.Generator().manual_seed(0)
     prompt, own = torch.randint(101, (1, 40), generator=g), torch.randint(101, (3, 9), generator=g)
     whole = model(torch.cat([prompt.expand(3, -1), own], 1))[:, 40:]
     with torch.no_grad():
@@ -200,7 +219,8 @@ def test_shared_prefix_equals_whole_sequences(way):
         cache.select(torch.tensor([0, 2]))
         parts = [torch.cat(parts, 1)[[0, 2]], model(own[[0, 2], 6:], cache=cache)]
         same(torch.cat(parts, 1), whole[[0, 2]])
-        assert all(k.shape[0] == 40 for k, v in cache.prefix[0])  # one copy, whatever n
+        n_key_head, d_head = model.config.n_key_head, model.config.d_head
+        assert all(k.shape == (40, n_key_head, d_head) for k, v in cache.prefix[0])  # one copy, whatever n
 
 
 def test_prefix_can_be_extended_and_forked_again(way):
@@ -216,8 +236,8 @@ def test_prefix_can_be_extended_and_forked_again(way):
 
 @pytest.mark.parametrize("only_ends", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends, way):
-    model, comparisons = make_model(), CASES[case]
+def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends, way, shape):
+    model, comparisons = make_model(**shape), CASES[case]
     tokens, layout = packed(comparisons)
     prompt = torch.randint(101, (150,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
