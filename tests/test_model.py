@@ -82,10 +82,17 @@ CASES = {"two each": random_comparisons(0, [2] * 7), "two to five": random_compa
 SHAPES = {"as many key heads": {}, "fewer key heads": {"n_head": 6, "n_key_head": 2, "d_head": 10, "d_ff": 40}}
 
 
+FEWER = SHAPES["fewer key heads"]
+
+
 @pytest.fixture(params=SHAPES)
 def shape(request):
     """Settings of a model with as many heads of keys as of queries, and of one with fewer."""
     return SHAPES[request.param]
+
+
+each_case = pytest.mark.parametrize("case, shape", [
+    *((case, {}) for case in CASES), ("two to five", FEWER), ("long between short", FEWER)])
 
 
 def same(a, b):
@@ -118,7 +125,7 @@ def test_causal_equals_the_naive_transformer(way, shape):
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@each_case
 def test_packed_rewards_and_gradients_equal_separate_forwards(case, only_ends, way, shape):
     model, comparisons = make_model(value_head=True, **shape), CASES[case]
     tokens, layout = packed(comparisons)
@@ -172,7 +179,7 @@ def cuda_way(monkeypatch):
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@each_case
 def test_cuda_path_reads_the_same_keys(case, only_ends, cuda_way, shape):
     model = make_model(**shape)
     tokens, layout = packed(CASES[case])
@@ -186,7 +193,7 @@ def test_cuda_path_reads_the_same_keys(case, only_ends, cuda_way, shape):
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@each_case
 def test_cuda_path_behind_a_prompt_merges_two_attentions(case, only_ends, cuda_way, shape):
     model = make_model(**shape)
     tokens, layout = packed(CASES[case])
@@ -235,7 +242,7 @@ def test_prefix_can_be_extended_and_forked_again(way):
 
 
 @pytest.mark.parametrize("only_ends", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@each_case
 def test_packed_behind_a_prompt_equals_whole_sequences(case, only_ends, way, shape):
     model, comparisons = make_model(**shape), CASES[case]
     tokens, layout = packed(comparisons)
