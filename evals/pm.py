@@ -39,12 +39,10 @@ def score_all(model, data, examples, rule, row_format, micro_tokens, context_ids
               progress=None):
     """The scores of all completions of the comparisons numbered `examples`: a list of arrays (completions,).
 
-    rule: one of RULES, or a function of (model, hidden, row) that returns an array (K, …) in place of
-    completion_scores. context_ids: token ids that stand in place of every context, to score completions by
-    themselves; a completion of several comparisons is then computed once. prefix: a cache of the prompt
-    before everything. progress: words for a progress bar. Longest rows come first.
-
-    Raises InputError if a score is not a finite number.
+    rule: one of RULES, or a function like completion_scores of (model, hidden, row). context_ids: token ids
+    in place of every context, to score completions by themselves; a completion of several comparisons is then
+    computed once. prefix: a cache that has read the prompt. progress: words for a progress bar. Longest rows
+    come first. Raises InputError if a score is not a finite number.
     """
     if context_ids is not None:
         data, positions = _distinct_completions(data, examples, context_ids)
@@ -81,17 +79,16 @@ def _distinct_completions(data, examples, context_ids):
 
 
 def tokenised_comparisons(texts, files=("text",), lines=None):
-    """Comparisons without scores of token ids in memory, [[context, completion, completion, …], …].
-
-    files, lines (C, 2): where they come from, as Comparisons tells it in messages.
-    """
+    """Comparisons without scores, of token ids [[context, completion, completion, …], …]. files, lines (C,
+    2): where they come from, for messages."""
     segments = [np.asarray(ids, np.int64) for comparison in texts for ids in comparison]
-    numbers = np.arange(len(texts))
+    if lines is None:
+        lines = [(0, number) for number in range(1, 1 + len(texts))]
+    nothing = np.zeros(len(segments))
     return Comparisons(
-        tokens=np.concatenate(segments), offsets=np.cumsum([0, *map(len, segments)]),
-        chars=np.zeros(len(segments)), segment_scores=np.zeros(len(segments)),
-        first=np.cumsum([0, *map(len, texts)]), groups=numbers.astype(np.uint64), files=list(files),
-        lines=np.stack([0 * numbers, numbers + 1], 1) if lines is None else lines, counts={})
+        tokens=np.concatenate(segments), offsets=np.cumsum([0, *map(len, segments)]), chars=nothing,
+        segment_scores=nothing, first=np.cumsum([0, *map(len, texts)]), groups=np.arange(len(texts)),
+        lines=np.array(lines), files=files, counts={})
 
 
 def examples_to_score(data, ctx, wanted, to_rank=False):

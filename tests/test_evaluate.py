@@ -364,6 +364,8 @@ def test_out_is_written_although_nobody_reads_what_is_printed(pm, few, tmp_path)
     (("pm",), "evaluate.py pm: error: the following arguments are required: --model; evaluate.py pm -h"),
     (("no",), "evaluate.py: error: argument BENCHMARK: invalid choice: 'no'"),
     (("hellaswag", "--model", "out"), "arguments are required: --data; evaluate.py hellaswag -h explains"),
+    (("elo",), "evaluate.py: error: give either --games FILE, or --judge DIR with --samples FILE FILE"),
+    (("elo", "--games", "g.csv", "--judge", "out"), "evaluate.py: error: give either --games FILE, or"),
     (("elo", "--seed", "-1"), "evaluate.py elo: error: argument --seed: invalid int from 0")])
 def test_wrong_flags_are_answered_in_one_line(flags, words):
     done = run("evaluate.py", *flags)
