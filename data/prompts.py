@@ -6,8 +6,8 @@
     (blank)
     Assistant: …
 
-A new conversation starts after one more `-----`, so what `load_prompt` returns ends with it and a context like
-"\\n\\nHuman: …\\n\\nAssistant:" follows directly.
+What `load_prompt` returns ends with one more `-----`, so that the context of a comparison, like
+"\\n\\nHuman: …\\n\\nAssistant:", can follow directly.
 """
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from data.errors import InputError
 from data.text import find_special
 
 SEPARATOR = "\n\n-----"
-STOPS = ("\n\nHuman:", SEPARATOR)  # where an answer ends: a model goes on for the human, or to another conversation
+STOPS = ("\n\nHuman:", SEPARATOR)  # an answer ends where the human's turn or another conversation begins
 FOLDER = Path(__file__).parent / "prompts"
-NAMES = ("hhh", "code", "toy")  # ours: the paper's kind, its code variant, and four careful conversations of the toy world
+NAMES = ("hhh", "code", "toy")  # the paper's kind of prompt, its variant for code, and the toy world's
 
 
 def load_prompt(name):
-    """The text of a prompt: one of NAMES or a file. Raises InputError if it cannot be read, is empty or holds a special token."""
+    """The text of a prompt, one of NAMES or a file. Raises InputError if it cannot be read, is empty, or
+    holds a special token."""
     if name == "toy":
         return toy.careful_prompt()
     path = FOLDER / f"{name}.txt" if name in NAMES else Path(name)
@@ -40,14 +41,18 @@ def load_prompt(name):
 
 
 def fit_prompt(text, tokenizer, n_tokens):
-    """The prompt shortened to at most n_tokens: its preamble and the last conversations that fit, whole ones only.
+    """The prompt shortened to at most n_tokens: its preamble and as many of the last conversations as fit.
 
-    Raises InputError where not even the preamble fits.
+    Raises InputError if not even the preamble fits, or the last conversation of a prompt without a
+    preamble.
     """
     conversations = text.removesuffix(SEPARATOR).split(SEPARATOR)
-    preamble = [] if conversations[0].lstrip().startswith("Human:") else [conversations.pop(0)]
-    for first in range(len(conversations) + bool(preamble)):
-        shortened = SEPARATOR.join([*preamble, *conversations[first:], ""])
-        if (n := len(tokenizer.encode(shortened))) <= n_tokens:
+    has_preamble = not conversations[0].lstrip().startswith("Human:")
+    preamble = [conversations.pop(0)] if has_preamble else []
+    for n_dropped in range(len(conversations) + has_preamble):
+        shortened = SEPARATOR.join([*preamble, *conversations[n_dropped:], ""])
+        length = len(tokenizer.encode(shortened))
+        if length <= n_tokens:
             return shortened
-    raise InputError(f"--prompt_tokens {n_tokens}: even the prompt's {'preamble' if preamble else 'last conversation'} takes {n} tokens")
+    shortest = "preamble" if has_preamble else "last conversation"
+    raise InputError(f"--prompt_tokens {n_tokens}: even the prompt's {shortest} takes {length} tokens")

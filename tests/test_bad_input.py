@@ -1,4 +1,5 @@
-"""Bad input to the real scripts: one line that names the file, the line and the mend, exit code 2, nothing half-written."""
+"""Bad input to the real scripts gives one line, which names the file, the line and the mend, and exit code
+2; nothing half-written stays."""
 import base64
 import bz2
 import gzip
@@ -15,22 +16,21 @@ import safetensors.torch
 from conftest import DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_well, write_jsonl
 
 import checkpoint
+from data.errors import InputError, run_main
 
 COMPARISONS = "".join(json.dumps(r) + "\n" for r in make_comparisons(30)).encode()
 TEXTS = "".join(json.dumps(r) + "\n" for r in make_texts(30)).encode()
 JUNK = np.random.default_rng(0).bytes(5000)
 
 
-def refused(script, *flags, names, usage=False):
-    """Run a script that must refuse: checks the form of its answer and that `names` stand in it."""
+def refused(script, *flags, names):
+    """Run a script that must refuse: its answer is one line, and `names` stand in it."""
     done = run(script, *flags)
-    lines = done.stderr.splitlines()
     assert done.returncode == 2, done
-    assert len(lines) == 1 or usage and lines[0].startswith("usage:"), done.stderr
-    assert re.match(rf"{script}( \w+)?: error: ", lines[-1]) and len(lines[-1]) < 700
+    assert re.fullmatch(rf"{script}( \w+)?: error: .{{1,600}}\n", done.stderr), done.stderr
     for name in names:
-        assert str(name) in lines[-1], lines[-1]
-    assert "Traceback" not in done.stdout + done.stderr
+        assert str(name) in done.stderr, done.stderr
+    assert "Traceback" not in done.stdout
     cache = Path(os.environ["HHH_LAB_CACHE"])
     assert not [p for p in cache.iterdir() if p.name.endswith(".partial")]
 
@@ -39,7 +39,7 @@ def record(**fields):
     return json.dumps({"context": "C", "completions": ["a", "b"], "scores": [1, 0], **fields}).encode()
 
 
-# Content of a comparison file, the line that is to be named, and words of the answer
+# Content of a comparison file, the line that the answer names, and words of the answer
 BAD_COMPARISONS = {
     "malformed line": (COMPARISONS + b'{"context": "C", "comple', 31, "not a JSON object"),
     "missing key": (COMPARISONS + b'{"context": "C", "completions": ["a"]}', 31, 'no "scores"'),
@@ -50,14 +50,17 @@ BAD_COMPARISONS = {
     "completions no texts": (record(completions=["a", 2]), 1, '"completions" must be a list'),
     "no completions": (record(completions=[], scores=[]), 1, "at least one"),
     "context no text": (record(context=["C"]), 1, "the context must be a text, found list"),
-    "chosen no text": (b'{"prompt": "P", "chosen": 1, "rejected": "b"}', 1, '"chosen" and "rejected" must be texts'),
-    "prompt no text": (b'{"prompt": 5, "chosen": "a", "rejected": "b"}', 1, "the context must be a text, found int"),
+    "chosen no text": (b'{"prompt": "P", "chosen": 1, "rejected": "b"}', 1,
+                       '"chosen" and "rejected" must be texts'),
+    "prompt no text": (b'{"prompt": 5, "chosen": "a", "rejected": "b"}', 1,
+                       "the context must be a text, found int"),
     "score a text": (record(scores=["1", 0]), 1, "a score must be a finite number, found 1"),
     "score true": (record(scores=[True, 0]), 1, "a score must be a finite number, found True"),
     "score null": (record(scores=[None, 0]), 1, "a score must be a finite number, found None"),
     "score NaN": (COMPARISONS + record(scores=[float("nan"), 0]), 31, "NaN is not a number"),
     "score infinite": (record(scores=[float("inf"), 0]), 1, "Infinity is not a number"),
-    "score beyond floats": (record(scores=[0, 0]).replace(b"[0, 0]", b"[1e999, 0]"), 1, "a score must be a finite number"),
+    "score beyond floats": (record(scores=[0, 0]).replace(b"[0, 0]", b"[1e999, 0]"), 1,
+                            "a score must be a finite number"),
     "score a huge integer": (record(scores=[10**400, 0]), 1, "a score must be a finite number"),
     "too few scores": (record(scores=[1]), 1, "one number per completion (2)"),
     "too many scores": (record(scores=[1, 2, 3]), 1, "one number per completion (2)"),
@@ -81,13 +84,19 @@ BAD_TEXTS = {
     "less than a window": (b'{"text": "%s"}' % (b"a" * 150), None, "fewer than one window"),
     "nothing to hold out": (b'{"text": "aaa"}', None, "held-out text has a single token"),
 }
-PACKED = {
+
+
+def flip_byte(packed):
+    return packed[:400] + bytes([packed[400] ^ 255]) + packed[401:]
+
+
+PACKED = {  # ending, what the file holds, words of the answer
     "truncated gz": (".gz", lambda data: gzip.compress(data)[:-200], "damaged or cut"),
     "truncated xz": (".xz", lambda data: lzma.compress(data)[:-60], "damaged or cut"),
     "truncated bz2": (".bz2", lambda data: bz2.compress(data)[:-200], "damaged"),
     "gz is junk": (".gz", lambda data: JUNK, "damaged or cut"),
     "gz is plain": (".gz", lambda data: data, "damaged or cut"),
-    "flipped byte": (".gz", lambda data: (c := gzip.compress(data))[:400] + bytes([c[400] ^ 255]) + c[401:], ""),
+    "flipped byte": (".gz", lambda data: flip_byte(gzip.compress(data)), ""),
 }
 
 
@@ -103,7 +112,8 @@ def test_bad_comparison_files(pm, tmp_path, case):
     path = write(tmp_path, "data.jsonl", content)
     names = (f"error: {path}:{line}: " if line else f"error: {path}: ", words)
     refused("train_pm.py", "--init", pm, "--data", path, "--out", tmp_path / "run", names=names)
-    refused("evaluate.py", "pm", "--model", pm, "--data", path, "--out", tmp_path / "scores.jsonl", names=names)
+    out = tmp_path / "scores.jsonl"
+    refused("evaluate.py", "pm", "--model", pm, "--data", path, "--out", out, names=names)
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
 
 
@@ -126,16 +136,17 @@ def test_damaged_compressed_files(pm, tmp_path, case):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 
-BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
+BAD_FLAGS = {  # script (and what else is not as usual), flags that follow good ones, words of the answer
     "unknown size": ("train_lm.py", "--size 7b", "argument --size: invalid choice: '7b'"),
     "unknown tokenizer": ("train_lm.py", "--tokenizer words", "unknown tokenizer 'words': give"),
-    "unknown tokenizer of a PM": ("train_pm.py fresh", "--tokenizer words", "unknown tokenizer 'words': give"),
+    "unknown tokenizer of a PM": ("train_pm.py fresh", "--tokenizer words", "unknown tokenizer 'words'"),
     "too small bpe": ("train_lm.py", "--tokenizer bpe:12", "bpe:12: N must be a whole number"),
-    "bpe without text": ("train_pm.py fresh", "--tokenizer bpe:400", "bpe:400 is trained on text, and none is given"),
+    "bpe without text": ("train_pm.py fresh", "--tokenizer bpe:400",
+                         "bpe:400 is trained on text, and none is given"),
     "no such vocabulary": ("train_lm.py", "--tokenizer no.tiktoken", "no.tiktoken: no such file"),
     "unknown objective": ("train_pm.py", "--objective best", "argument --objective: invalid choice: 'best'"),
     "unknown schedule": ("train_lm.py", "--schedule step", "argument --schedule: invalid choice"),
@@ -146,7 +157,8 @@ BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
     "ctx of 0": ("train_lm.py", "--ctx 0", "argument --ctx: invalid positive int value: '0'"),
     "ctx too small": ("train_pm.py", "--ctx 2", "no comparison to train on is left at --ctx 2"),
     "ctx too small to score": ("evaluate.py", "--ctx 2", "no comparison is left to score"),
-    "batch below ctx": ("train_lm.py", "--batch 191", "--batch 191 is less than one sequence of --ctx 192 tokens"),
+    "batch below ctx": ("train_lm.py", "--batch 191",
+                        "--batch 191 is less than one sequence of --ctx 192 tokens"),
     "batch of 0": ("train_pm.py", "--batch 0", "argument --batch: invalid positive int value"),
     "negative batch": ("train_pm.py", "--batch -4", "argument --batch: invalid positive int value"),
     "fractional batch": ("train_pm.py", "--batch 1.5", "argument --batch: invalid positive int value"),
@@ -157,20 +169,27 @@ BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
     "lr negative": ("train_pm.py", "--lr -0.001", "argument --lr: invalid positive float value"),
     "lr 0": ("train_pm.py", "--lr 0", "argument --lr: invalid positive float value"),
     "lr a word": ("train_pm.py", "--lr small", "argument --lr: invalid positive float value"),
-    "warm-up negative": ("train_lm.py", "--warmup -0.1", "argument --warmup: invalid float from 0 to 1 value"),
+    "warm-up negative": ("train_lm.py", "--warmup -0.1",
+                         "argument --warmup: invalid float from 0 to 1 value"),
     "warm-up above 1": ("train_lm.py", "--warmup 200", "argument --warmup: invalid float from 0 to 1 value"),
     "warm-up NaN": ("train_lm.py", "--warmup nan", "argument --warmup: invalid float from 0 to 1 value"),
-    "weight decay negative": ("train_lm.py", "--weight_decay -1", "argument --weight_decay: invalid float from 0 to inf value"),
-    "weight decay infinite": ("train_lm.py", "--weight_decay inf", "argument --weight_decay: invalid float from 0 to inf value"),
+    "weight decay negative": ("train_lm.py", "--weight_decay -1",
+                              "argument --weight_decay: invalid float from 0 to inf value"),
+    "weight decay infinite": ("train_lm.py", "--weight_decay inf",
+                              "argument --weight_decay: invalid float from 0 to inf value"),
     "clip 0": ("train_lm.py", "--clip 0", "argument --clip: invalid positive float value"),
     "seed negative": ("train_lm.py", "--seed -1", "argument --seed: invalid int from 0 to"),
-    "lm weight negative": ("train_pm.py", "--lm_weight -1", "argument --lm_weight: invalid float from 0 to inf value"),
-    "lm weight NaN": ("train_pm.py", "--lm_weight nan", "argument --lm_weight: invalid float from 0 to inf value"),
-    "micro tokens 0": ("train_pm.py", "--micro_tokens 0", "argument --micro_tokens: invalid positive int value"),
+    "lm weight negative": ("train_pm.py", "--lm_weight -1",
+                           "argument --lm_weight: invalid float from 0 to inf value"),
+    "lm weight NaN": ("train_pm.py", "--lm_weight nan",
+                      "argument --lm_weight: invalid float from 0 to inf value"),
+    "micro tokens 0": ("train_pm.py", "--micro_tokens 0",
+                       "argument --micro_tokens: invalid positive int value"),
     "held out negative": ("train_pm.py", "--held_out -0.1", "--held_out -0.1: give a part"),
     "held out all": ("train_pm.py", "--held_out 1", "--held_out 1.0: give a part"),
     "held out NaN": ("train_pm.py", "--held_out nan", "--held_out nan: give a part"),
-    "held out nearly all": ("train_pm.py", "--held_out 0.9999999", "no comparison to train on is left at --ctx 192 and --held_out 0.99"),
+    "held out nearly all": ("train_pm.py", "--held_out 0.9999999",
+                            "no comparison to train on is left at --ctx 192 and --held_out 0.99"),
     "held-out text of 0": ("train_lm.py", "--held_out 0", "must lie between 0 and 1, found 0.0"),
     "held-out text NaN": ("train_lm.py", "--held_out nan", "must lie between 0 and 1, found nan"),
     "more pairs than there are": ("train_pm.py", "--pairs 1000", "--pairs 1000: there are only"),
@@ -183,17 +202,25 @@ BAD_FLAGS = {  # script, flags that follow good ones, words of the answer
 }
 
 
+@pytest.fixture(scope="module")
+def positive_file(tmp_path_factory):
+    """Comparisons whose scores are all above 0."""
+    records = [{**r, "scores": [score + 1 for score in r["scores"]]} for r in make_comparisons(20)]
+    return write_jsonl(tmp_path_factory.mktemp("positive") / "positive.jsonl", records)
+
+
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(lm, pm, text_file, comparisons_file, tmp_path, case):
+def test_bad_flags(lm, pm, text_file, comparisons_file, positive_file, tmp_path, case):
     script, bad, words = BAD_FLAGS[case]
     script, _, kind = script.partition(" ")
-    positive = write_jsonl(tmp_path / "positive.jsonl", [{**r, "scores": [s + 1 for s in r["scores"]]} for r in make_comparisons(20)])
-    good = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "evaluate.py": (kind or "pm", "--model", pm, "--data", comparisons_file),
-            "train_pm.py": ("--init", lm, "--data", positive if kind == "positive" else comparisons_file, *PM_FLAGS)}[script]
+    data = positive_file if kind == "positive" else comparisons_file
+    good = {"train_lm.py": ("--data", text_file, *LM_FLAGS),
+            "train_pm.py": ("--init", lm, "--data", data, *PM_FLAGS),
+            "evaluate.py": (kind or "pm", "--model", pm, "--data", data)}[script]
     if kind == "fresh":
-        good = ("--size", "test", "--data", comparisons_file)
-    refused(script, *good, "--out", tmp_path / "out", *bad.split(), names=[words], usage=words.startswith(("argument", "unrecognized")))
-    assert [p.name for p in tmp_path.iterdir()] == ["positive.jsonl"]
+        good = ("--size", "test", "--data", data)
+    refused(script, *good, "--out", tmp_path / "out", *bad.split(), names=[words])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_data(lm, comparisons_file, tmp_path):
@@ -202,12 +229,14 @@ def test_a_folder_without_data(lm, comparisons_file, tmp_path):
     folder, out = tmp_path / "folder", tmp_path / "run"
     refused("train_lm.py", *LM_FLAGS, "--data", folder, "--out", out, names=[f"{folder}: no .jsonl"])
     refused("train_pm.py", "--init", lm, "--data", folder, "--out", out, names=[f"{folder}: no .jsonl"])
-    refused("train_pm.py", "--init", folder, "--data", comparisons_file, "--out", out, names=[f"{folder}: no checkpoint in this folder"])
+    refused("train_pm.py", "--init", folder, "--data", comparisons_file, "--out", out,
+            names=[f"{folder}: no checkpoint in this folder"])
 
 
 def test_an_output_that_cannot_be_written(lm, pm, text_file, comparisons_file, tmp_path):
     occupied = write(tmp_path, "file", b"content")
-    flags = {"train_lm.py": ("--data", text_file, *LM_FLAGS), "train_pm.py": ("--init", lm, "--data", comparisons_file, *PM_FLAGS),
+    flags = {"train_lm.py": ("--data", text_file, *LM_FLAGS),
+             "train_pm.py": ("--init", lm, "--data", comparisons_file, *PM_FLAGS),
              "evaluate.py": ("pm", "--model", pm, "--data", comparisons_file)}
     for script in flags:
         refused(script, *flags[script], "--out", occupied / "out", names=[occupied])
@@ -217,7 +246,7 @@ def test_an_output_that_cannot_be_written(lm, pm, text_file, comparisons_file, t
     assert occupied.read_bytes() == b"content" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -237,17 +266,19 @@ def refused_checkpoint(folder, comparisons_file, *names):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
 def test_a_checkpoint_without_a_file(damaged, comparisons_file, name):
     (damaged / name).unlink()
-    refused_checkpoint(damaged, comparisons_file, damaged, "no checkpoint in this folder" if name == "meta.json" else name)
+    words = "no checkpoint in this folder" if name == "meta.json" else name
+    refused_checkpoint(damaged, comparisons_file, damaged, words)
 
 
-DAMAGE = {"cut": lambda content: content[:len(content) // 2], "empty": lambda content: b"", "junk": lambda content: JUNK}
+DAMAGE = {"cut": lambda content: content[:len(content) // 2], "empty": lambda content: b"",
+          "junk": lambda content: JUNK}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_checkpoint_with_a_damaged_file(damaged, comparisons_file, name, how):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_with_a_damaged_file(damaged, comparisons_file, name, damage):
     path = damaged / name
-    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     refused_checkpoint(damaged, comparisons_file, path)
 
 
@@ -287,26 +318,29 @@ def test_a_checkpoint_with_another_models_weights(damaged, lm, comparisons_file)
 def test_a_checkpoint_with_another_tokenizer(damaged, comparisons_file):
     path = damaged / "tokenizer.tiktoken"
     lines = path.read_text()
-    one_more = base64.b64encode(b"th").decode() + " 256\n"  # the table has room for it, so that the sizes agree
+    one_more = base64.b64encode(b"th").decode() + " 256\n"  # the table has room for it, so the sizes agree
     path.write_text(lines + one_more)
     refused_checkpoint(damaged, comparisons_file, path, "not the tokenizer that this model was trained with")
-    path.write_text(lines + "".join(f"{base64.b64encode(b'a%d' % i).decode()} {256 + i}\n" for i in range(400)))
-    refused_checkpoint(damaged, comparisons_file, damaged, "the tokenizer has a table of 704, the model of 320")
+    many_more = [f"{base64.b64encode(b'a%d' % i).decode()} {256 + i}\n" for i in range(400)]
+    path.write_text(lines + "".join(many_more))
+    words = "the tokenizer has a table of 704, the model of 320"
+    refused_checkpoint(damaged, comparisons_file, damaged, words)
 
 
 def test_a_vocabulary_file_with_a_bad_line(text_file, tmp_path):
     path = tmp_path / "bad.tiktoken"
     path.write_text("YQ== 0\nnonsense\n")
-    refused("train_lm.py", "--data", text_file, *LM_FLAGS, "--tokenizer", path, "--out", tmp_path / "run", names=[f"{path}:2: "])
+    refused("train_lm.py", "--data", text_file, *LM_FLAGS, "--tokenizer", path, "--out", tmp_path / "run",
+            names=[f"{path}:2: "])
 
 
-@pytest.mark.parametrize("how", [*DAMAGE, "missing"])
-def test_a_run_whose_state_is_damaged_cannot_be_gone_on_with(damaged, lm, comparisons_file, how):
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+def test_a_run_whose_state_is_damaged_cannot_be_resumed(damaged, lm, comparisons_file, damage):
     path = damaged / "train_state.pt"
-    if how == "missing":
+    if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(DAMAGE[how](path.read_bytes()))
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
     before = {p.name: p.read_bytes() for p in damaged.iterdir()}
     flags = ("--init", lm, "--data", comparisons_file, *PM_FLAGS)
     refused("train_pm.py", *flags, "--out", damaged, "--resume", names=[path])
@@ -317,10 +351,11 @@ def test_published_comparisons_of_another_form_are_refused(lm, tmp_path):
     path = DATA / "summarize-from-feedback" / "summeval_comparisons.jsonl.xz"
     if not path.exists():
         pytest.skip("no published data here")
-    refused("train_pm.py", "--init", lm, "--data", path, "--out", tmp_path / "run", names=[f"{path}:1: no \"chosen\""])
+    refused("train_pm.py", "--init", lm, "--data", path, "--out", tmp_path / "run",
+            names=[f'{path}:1: no "chosen"'])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "distill.py", "evaluate.py"])
@@ -330,6 +365,23 @@ def test_help_explains_every_flag(script):
         assert flag in text
     if script != "evaluate.py":
         assert text.count("(default:") >= 18 and " in an optimizer step, over all ranks" in text
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "out of memory (); give a smaller"),
+    (RuntimeError("CUDA out of memory\nhere"), "out of memory (CUDA out of memory); give a smaller"),
+    (InputError("data.jsonl:3: no text"), "data.jsonl:3: no text"),
+    (OSError(28, "No space left on device", "file"), "file: No space left on device")])
+def test_what_the_user_can_mend_gives_one_line(capsys, monkeypatch, error, words):
+    def main():
+        raise error
+    monkeypatch.setattr("sys.argv", ["/folder/script.py"])
+    with pytest.raises(SystemExit, match="2"):
+        run_main(main)
+    assert re.fullmatch(rf"script.py: error: {re.escape(words)}.*\n", capsys.readouterr().err)
+    error = TypeError("our own mistake")
+    with pytest.raises(TypeError):
+        run_main(main)
 
 
 def test_a_good_run_leaves_only_its_checkpoint(pm):

@@ -1,4 +1,5 @@
-"""The embedded prompts and HHH items: their forms, and that the items can't be had by length or by position."""
+"""The embedded prompts and HHH items: their form, and that neither length nor position tells the better
+answer."""
 import ast
 import doctest
 import re
@@ -8,9 +9,8 @@ from conftest import ROOT
 
 from data.comparisons import parse
 from data.files import read_records
-from data.prompts import load_prompt
+from data.prompts import FOLDER, load_prompt
 
-PROMPTS = ROOT / "data" / "prompts"
 ITEMS = ROOT / "data" / "hhh_items.jsonl"
 SEPARATOR = "\n\n-----\n\n"
 CATEGORIES = ("helpful", "honest", "harmless", "other")
@@ -25,12 +25,13 @@ def turns_of(text):
 
 def read_prompt(name):
     """(the preamble, the conversations as lists of turns) of a prompt file."""
-    preamble, *conversations = (PROMPTS / name).read_text(encoding="utf-8").removesuffix("\n").split(SEPARATOR)
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    preamble, *conversations = text.removesuffix("\n").split(SEPARATOR)
     return preamble, [turns_of(text) for text in conversations]
 
 
 def items():
-    """{category: [(context, better, worse, the better one's place), …]}, checked as comparison files are."""
+    """{category: [(context, better answer, worse answer, place of the better one)]}."""
     found = {category: [] for category in CATEGORIES}
     for line, record in read_records(ITEMS):
         context, completions, scores, _ = parse(record, f"{ITEMS}:{line}")
@@ -40,20 +41,22 @@ def items():
     return found
 
 
-@pytest.mark.parametrize("name, conversations, fewest_words, most_words", [("hhh.txt", 14, 4000, 5000), ("code.txt", 4, 500, 900)])
+@pytest.mark.parametrize("name, conversations, fewest_words, most_words",
+                         [("hhh.txt", 14, 4000, 5000), ("code.txt", 4, 500, 900)])
 def test_a_prompt_is_a_preamble_and_conversations(name, conversations, fewest_words, most_words):
-    text = (PROMPTS / name).read_text(encoding="utf-8")
+    text = (FOLDER / name).read_text(encoding="utf-8")
     assert text == text.strip() + "\n" and "\n\n\n\n" not in text and not re.search(r"[ \t]+$", text, re.M)
     assert fewest_words <= len(text.split()) <= most_words
     preamble, found = read_prompt(name)
     assert len(found) == conversations and len(re.findall(r"^-----$", text, re.M)) == conversations
     assert not re.search(r"^(Human|Assistant):", preamble, re.M)
     for turns in found:
-        assert 2 <= len(turns) <= 16 and [speaker for speaker, _ in turns] == ["Human", "Assistant"] * (len(turns) // 2)
+        assert 2 <= len(turns) <= 16
+        assert [speaker for speaker, _ in turns] == ["Human", "Assistant"] * (len(turns) // 2)
         assert all(words and words == words.strip() for _, words in turns)
 
 
-@pytest.mark.parametrize("path", [PROMPTS / "hhh.txt", PROMPTS / "code.txt", ITEMS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [FOLDER / "hhh.txt", FOLDER / "code.txt", ITEMS], ids=lambda path: path.name)
 def test_no_special_tokens_and_no_other_line_ends(path):
     text = path.read_bytes().decode("utf-8")
     assert not any(word in text for word in ("<eot>", "<eoc>", "\r", "\ufeff"))
@@ -65,11 +68,11 @@ def test_a_new_conversation_follows_a_prompt_as_the_others_do(name):
     text = load_prompt(name) + "\n\nHuman: question\n\nAssistant:"
     *before, last = text.split(SEPARATOR)
     assert turns_of(last) == [("Human", "question"), ("Assistant", "")]
-    assert SEPARATOR.join(before) + "\n" == (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+    assert SEPARATOR.join(before) + "\n" == (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def test_python_in_the_hhh_prompt_parses():
-    blocks = re.findall(r"```python\n(.*?)\n```", (PROMPTS / "hhh.txt").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)\n```", (FOLDER / "hhh.txt").read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 2
     for block in blocks:
         ast.parse(block)
@@ -78,7 +81,8 @@ def test_python_in_the_hhh_prompt_parses():
 def test_code_conversations_repeat_the_signature_and_complete_it():
     _, conversations = read_prompt("code.txt")
     for (_, asked), (_, answered) in conversations:
-        question = re.fullmatch(r"Please complete the body of this Python function:\n\n```python\n(.*\n)```", asked, re.S)
+        question = re.fullmatch(r"Please complete the body of this Python function:\n\n```python\n(.*\n)```",
+                                asked, re.S)
         answer = re.fullmatch(r"Here it is:\n\n```python\n(.*\n)```", answered, re.S)
         assert question and answer, asked
         assert answer[1].startswith(question[1])
@@ -87,7 +91,8 @@ def test_code_conversations_repeat_the_signature_and_complete_it():
         assert ast.dump(after.args) == ast.dump(before.args) and len(after.body) > 1
         scope = {}
         exec(compile(answer[1], "code.txt", "exec"), scope)
-        tests = doctest.DocTestParser().get_doctest(ast.get_docstring(after), scope, after.name, "code.txt", 0)
+        docstring = ast.get_docstring(after)
+        tests = doctest.DocTestParser().get_doctest(docstring, scope, after.name, "code.txt", 0)
         assert tests.examples and doctest.DocTestRunner(verbose=False).run(tests).failed == 0
 
 
@@ -100,7 +105,8 @@ def test_items_are_comparisons_of_two_in_four_categories():
         assert speakers == ["Human", "Assistant"] * (len(speakers) // 2)
         assert better != worse
         for completion in (better, worse):
-            assert re.match(r" \S", completion) and completion == completion.rstrip() and "\n\nHuman:" not in completion
+            assert re.match(r" \S", completion) and completion == completion.rstrip()
+            assert "\n\nHuman:" not in completion
 
 
 def test_each_item_is_a_group_of_its_own():
@@ -123,7 +129,8 @@ def test_neither_length_nor_position_tells_the_better_one(category):
 
 
 def test_the_prompt_does_not_hold_the_items():
-    """What is asked in the prompt is not asked again where the prompted model is measured: no five words in a row."""
+    """What is asked in the prompt is not asked again where the prompted model is measured: no five words in
+    a row."""
     def runs(turns):
         words = [re.findall(r"[\w']+", text.lower()) for speaker, text in turns if speaker == "Human"]
         return {tuple(w[i:i + 5]) for w in words for i in range(len(w) - 4)}

@@ -1,21 +1,21 @@
 """Synthetic comparisons: the order is known, and only the first letter tells it."""
 import itertools
-import json
 from collections import Counter
 
 import pytest
-from conftest import metrics, run_well
+from conftest import metrics, read_jsonl, run_well
 
-from data.toy import synthetic
 from data.comparisons import parse
 from data.errors import InputError
+from data.toy import synthetic
 
 ORDERS = ("same", "reversed", "shuffled")
-FILES = {"pmp", *(f"{part}-{order}" for part in ("finetune", "test") for order in ORDERS)}
+SIZES = {"pmp": 16000, "finetune-same": 200, "finetune-reversed": 200, "finetune-shuffled": 200,
+         "test-same": 500, "test-reversed": 500, "test-shuffled": 500}
 
 
 def read(folder):
-    return {path.stem: [json.loads(line) for line in open(path)] for path in folder.glob("*.jsonl")}
+    return {path.stem: read_jsonl(path) for path in folder.glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -25,28 +25,24 @@ def files(tmp_path_factory):
     return read(folder)
 
 
-def key(text):
-    return text[1]
-
-
 def beaten(records):
-    """{(better letter, worse letter)} of all pairs."""
-    return {tuple(key(c) for _, c in sorted(zip(r["scores"], r["completions"]), reverse=True)) for r in records}
+    """{(better first letter, worse first letter)} of all pairs."""
+    ordered = [sorted(zip(record["scores"], record["completions"]), reverse=True) for record in records]
+    return {(better[1], worse[1]) for (_, better), (_, worse) in ordered}
 
 
 def test_files_are_a_function_of_the_seed(tmp_path):
-    printed = run_well("data/toy/synthetic.py", "--out", tmp_path / "command")
-    assert len(printed.splitlines()) == len(FILES)
+    printed = run_well("data/toy/__main__.py", "synthetic", "--out", tmp_path / "command")
+    assert len(printed.splitlines()) == len(SIZES)
     for name, seed in (("again", 0), ("other", 1)):
         synthetic.write(tmp_path / name, seed)
     command, again, other = (read(tmp_path / name) for name in ("command", "again", "other"))
     assert command == again and again["pmp"] != other["pmp"]
-    assert {name: len(records) for name, records in command.items()} == {
-        "pmp": 16000, **{f"finetune-{order}": 200 for order in ORDERS}, **{f"test-{order}": 500 for order in ORDERS}}
+    assert {name: len(records) for name, records in command.items()} == SIZES
 
 
 def test_a_file_has_one_order_of_letters(files):
-    assert set(files) == FILES
+    assert set(files) == set(SIZES)
     same, reversed_, shuffled = (beaten(files[f"test-{order}"]) for order in ORDERS)
     assert same == beaten(files["pmp"]) == {(a, b) for a, b in itertools.product("abcde", repeat=2) if a > b}
     assert reversed_ == {(b, a) for a, b in same}
@@ -55,8 +51,9 @@ def test_a_file_has_one_order_of_letters(files):
 
 
 def test_no_context_stands_in_two_comparisons(files):
-    groups = [r["group"] for records in files.values() for r in records]
-    assert len(groups) == len(set(groups)) and all(r["group"] in r["context"] for r in files["pmp"])
+    groups = [record["group"] for records in files.values() for record in records]
+    assert len(groups) == len(set(groups))
+    assert all(record["group"] in record["context"] for record in files["pmp"])
 
 
 def test_only_the_first_letter_tells_the_better_one(files):
@@ -65,14 +62,15 @@ def test_only_the_first_letter_tells_the_better_one(files):
             parse(record, name)
             a, b = record["completions"]
             assert sorted(a) == sorted(b) == sorted(" abcde")  # neither length nor a list of letters tells
-    last = Counter(max(zip(r["scores"], r["completions"]))[1][-1] for r in files["pmp"])
-    assert set(last) == set("abcde")  # the others stand in any order
+    last = Counter(max(zip(record["scores"], record["completions"]))[1][-1] for record in files["pmp"])
+    assert set(last) == set("abcde")  # the other letters stand in any order
 
 
 def test_a_preference_model_learns_the_order(tmp_path):
     synthetic.write(tmp_path, n_pmp=4000, n_finetune=1, n_test=1)
-    run_well("train_pm.py", "--data", tmp_path / "pmp.jsonl", "--size", "test", "--tokenizer", "bytes", "--ctx", 64, "--stage", "pmp", "--lm_weight", 0,
-             "--batch", 64, "--lr", 0.003, "--eval_every", 100, "--out", tmp_path / "pm", "--dtype", "fp32")
+    run_well("train_pm.py", "--data", tmp_path / "pmp.jsonl", "--size", "test", "--tokenizer", "bytes",
+             "--ctx", 64, "--stage", "pmp", "--lm_weight", 0, "--batch", 64, "--lr", 0.003, "--dtype", "fp32",
+             "--eval_every", 100, "--out", tmp_path / "pm")
     assert metrics(tmp_path / "pm")[-1]["eval"]["accuracy"] > 0.9
 
 

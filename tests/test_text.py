@@ -1,21 +1,20 @@
-"""Text for language modelling: reading, the token cache, what is held out, and the order of windows."""
+"""Text for language modelling: reading it, the cached stream, what is held out, and the order of
+windows."""
 import bz2
 import gzip
 import json
 import lzma
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA, ROOT, write_jsonl
 
 from data.errors import InputError
-from data.files import find_files
 from data.text import Text, lm_windows, load_text, read_texts
 from data.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).parents[1]
 BYTES = get_tokenizer("bytes")
 
 
@@ -27,13 +26,12 @@ def cache(tmp_path, monkeypatch):
 
 def documents(n, seed=0):
     random = np.random.default_rng(seed)
-    return [f"Document {i} of {seed}. " + " ".join(map(str, random.integers(1000, size=random.integers(1, 60))))
-            for i in range(n)]
+    numbers = [random.integers(1000, size=random.integers(1, 60)) for _ in range(n)]
+    return [f"Document {i} of {seed}. " + " ".join(map(str, numbers[i])) for i in range(n)]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+def write_texts(path, texts):
+    return write_jsonl(path, [{"text": text} for text in texts])
 
 
 def split_documents(text, tokenizer=BYTES):
@@ -62,7 +60,7 @@ def test_reading_every_form_of_file(tmp_path):
 
 def test_the_stream_is_the_documents_each_followed_by_eot(tmp_path, capsys):
     texts = documents(400)
-    path = write_jsonl(tmp_path / "a.jsonl", texts[:300] + ["", "  \n"] + texts[300:])
+    path = write_texts(tmp_path / "a.jsonl", texts[:300] + ["", "  \n"] + texts[300:])
     train, held_out = load_text([path], BYTES, held_out=0.05)
     kept = split_documents(train)
     assert kept == [text for text in texts if text in set(kept)]  # in the file's order
@@ -80,29 +78,30 @@ def test_the_stream_is_the_documents_each_followed_by_eot(tmp_path, capsys):
 
 
 def test_a_bpe_stream_equals_encoding_document_by_document(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    path = write_texts(tmp_path / "a.jsonl", documents(300))
     tokenizer = get_tokenizer("bpe:500", [path])
     train, held_out = load_text([path], tokenizer, held_out=0.1)
     for text in (train, held_out):
-        whole = np.concatenate([[*tokenizer.encode(doc), tokenizer.eot] for doc in split_documents(text, tokenizer)])
-        assert np.array_equal(text.tokens, whole)
+        docs = split_documents(text, tokenizer)
+        ids = [[*tokenizer.encode(doc), tokenizer.eot] for doc in docs]
+        assert np.array_equal(text.tokens, np.concatenate(ids))
 
 
 def test_held_out_documents_stay_held_out(tmp_path):
     texts = documents(300)
-    _, first = load_text([write_jsonl(tmp_path / "a.jsonl", texts)], BYTES, held_out=0.1)
-    mixed = documents(200, seed=1) + texts[::-1] + texts[:150]  # more of them, in another order, half of them twice
-    train, second = load_text([write_jsonl(tmp_path / "b.jsonl", mixed)], BYTES, held_out=0.1)
+    _, first = load_text([write_texts(tmp_path / "a.jsonl", texts)], BYTES, held_out=0.1)
+    mixed = documents(200, seed=1) + texts[::-1] + texts[:150]  # more, in another order, half of them twice
+    train, second = load_text([write_texts(tmp_path / "b.jsonl", mixed)], BYTES, held_out=0.1)
     assert set(split_documents(first)) == set(split_documents(second)) & set(texts)
     assert not set(split_documents(train)) & set(split_documents(second))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-@pytest.mark.parametrize("held_out", [0.02, 0.98])  # the one document's hash puts it on the one or the other side
+@pytest.mark.parametrize("held_out", [0.02, 0.98])  # the hash puts the one document on one side or the other
 def test_where_no_document_can_be_held_out_the_end_of_the_stream_is(tmp_path, capsys, kind, held_out):
     text = "A long story. " * 1000 + "The end."
     path = tmp_path / f"one.{kind}"
-    write_jsonl(path, [text]) if kind == "jsonl" else path.write_text(text)
+    write_texts(path, [text]) if kind == "jsonl" else path.write_text(text)
     train, held = load_text([path], BYTES, held_out=held_out)
     assert len(train.tokens) + len(held.tokens) == len(text) + 1
     assert len(held.tokens) == round((len(text) + 1) * held_out)
@@ -127,7 +126,7 @@ def test_a_large_txt_file_is_one_document_with_the_tokens_of_the_whole(tmp_path,
 
 
 def test_a_second_call_reads_the_cache(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(50))
+    path = write_texts(tmp_path / "a.jsonl", documents(50))
     first = load_text([path], BYTES, held_out=0.1)
     capsys.readouterr()
     again = load_text([path], BYTES, held_out=0.1)
@@ -136,7 +135,7 @@ def test_a_second_call_reads_the_cache(tmp_path, capsys):
                for a, b in zip(first, again))
     load_text([path], get_tokenizer("bpe:300", [path]), held_out=0.1)  # another tokenizer, another cache
     assert "tokenizing" in capsys.readouterr().out
-    write_jsonl(path, documents(51))
+    write_texts(path, documents(51))
     assert sum(text.n_docs for text in load_text([path], BYTES, held_out=0.1)) == 51
 
 
@@ -150,14 +149,15 @@ print("loaded", train.tokens.sum(), held_out.tokens.sum())
 
 
 def test_processes_that_start_together_build_once(tmp_path, cache):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(20_000))
-    outputs = [process.communicate()[0] for process in [run_python(LOAD, path, cache=cache) for _ in range(3)]]
+    path = write_texts(tmp_path / "a.jsonl", documents(20_000))
+    processes = [run_python(LOAD, path, cache=cache) for _ in range(3)]
+    outputs = [process.communicate()[0] for process in processes]
     assert sorted(output.count("tokenizing") for output in outputs) == [0, 0, 1]
     assert len({output.splitlines()[-1] for output in outputs}) == 1 and "loaded" in outputs[0]
 
 
 def test_a_killed_build_is_begun_again(tmp_path, cache):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(200))
+    path = write_texts(tmp_path / "a.jsonl", documents(200))
     stalls = """
 import itertools, time
 from data.tokenizer import Tokenizer
@@ -186,7 +186,8 @@ tokenizer = get_tokenizer("bytes")
 list(tokenizer.encode_many(["warm " * 10_000] * 100))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 train, held_out = load_text(sys.argv[1:], tokenizer)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(train.tokens) + len(held_out.tokens))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024, len(train.tokens) + len(held_out.tokens))
 """
 
 
@@ -196,7 +197,8 @@ def test_memory_is_flat_in_the_size_of_the_file(tmp_path, cache, kind):
     with open(tmp_path / f"large.{kind}", "w") as file:
         for i in range(25_000):
             file.write(json.dumps({"text": f"{i} {line}"}) + "\n" if kind == "jsonl" else f"{i} {line}\n")
-    grown, n_tokens = run_python(MEMORY, tmp_path / f"large.{kind}", cache=cache).communicate()[0].split()[-2:]
+    process = run_python(MEMORY, tmp_path / f"large.{kind}", cache=cache)
+    grown, n_tokens = process.communicate()[0].split()[-2:]
     assert int(n_tokens) > 40e6  # 80 MB of ids
     assert float(grown) < 50
 
@@ -213,14 +215,16 @@ def test_damaged_files_are_named_with_their_line(tmp_path, cache):
         "junk.txt": (b"fine\n" + np.random.default_rng(0).bytes(5000), r"junk\.txt:\d+: not UTF-8"),
         "line.jsonl": (b'{"text": "a"}\n\n{"text": "b"', r"line\.jsonl:3: not a JSON object"),
         "list.jsonl": (b'["text"]\n', r"list\.jsonl:1: expected a JSON object"),
-        "key.jsonl": (b'{"text": "a"}\n{"chosen": "b", "rejected": ""}\n', r'key\.jsonl:2: no "text".*chosen, rej'),
+        "key.jsonl": (b'{"text": "a"}\n{"chosen": "b", "rejected": ""}\n',
+                      r'key\.jsonl:2: no "text".*chosen, rej'),
         "type.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', r'type\.jsonl:2: "text" must be a string'),
         "null.jsonl": (b'{"text": null}\n', r'null\.jsonl:1: "text" must be a string'),
         "empty.jsonl": (b"", r"empty\.jsonl: no documents"),
         "blank.jsonl": (b"\n\n", r"blank\.jsonl: no documents"),
         "empty.txt": (b"", r"empty\.txt: no documents"),
         "hollow.jsonl": (b'{"text": ""}\n{"text": " "}\n', r"hollow\.jsonl: all 2 documents .* are empty"),
-        "special.jsonl": (b'{"text": "a"}\n{"text": "b\\n<eot>"}\n', r"special\.jsonl:2: the text holds <eot>"),
+        "special.jsonl": (b'{"text": "a"}\n{"text": "b\\n<eot>"}\n',
+                          r"special\.jsonl:2: the text holds <eot>"),
         "special.txt": (b"a\nb\nc <eoc>\n", r"special\.txt:3: the text holds <eoc>.*write it"),
     }
     for name, (content, message) in bad.items():
@@ -241,15 +245,15 @@ def test_the_line_of_a_special_in_a_later_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, float("nan")])
 def test_a_part_that_cannot_be_held_out(tmp_path, held_out):
     with pytest.raises(InputError, match="between 0 and 1"):
-        load_text([write_jsonl(tmp_path / "a.jsonl", ["a"])], BYTES, held_out)
+        load_text([write_texts(tmp_path / "a.jsonl", ["a"])], BYTES, held_out)
 
 
 def stream(n_tokens):
     return Text(np.arange(n_tokens), n_docs=1, n_bytes=n_tokens)
 
 
-@pytest.mark.parametrize("n_tokens, ctx", [(1001, 10), (1000, 10), (1009, 10), (10_007, 64), (11, 10), (12, 10),
-                                           (25, 10), (2, 1)])
+@pytest.mark.parametrize("n_tokens, ctx", [
+    (1001, 10), (1000, 10), (1009, 10), (10_007, 64), (11, 10), (12, 10), (25, 10), (2, 1)])
 def test_windows_follow_one_another_over_the_stream(n_tokens, ctx):
     offsets = set()
     for epoch in range(50):
@@ -259,7 +263,7 @@ def test_windows_follow_one_another_over_the_stream(n_tokens, ctx):
         assert starts[0] >= 0 and starts[-1] + ctx + 1 <= n_tokens
         assert (np.diff(starts)[:-1] == ctx).all() and (np.diff(starts) > 0).all()
         targets = np.unique(np.concatenate([np.arange(s + 1, s + ctx + 1) for s in starts]))
-        assert n_tokens - len(targets) <= ctx  # the first token, and ctx - 1 others at the most, are no targets
+        assert n_tokens - len(targets) <= ctx  # the first token and at most ctx - 1 others are no targets
         offsets.add(int(starts[0]))
     assert max(offsets) < ctx
     assert n_tokens < 5 * ctx or len(offsets) > ctx / 4
@@ -279,12 +283,9 @@ def test_a_stream_shorter_than_a_window():
         lm_windows(stream(10), 10, seed=0, epoch=0)
 
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "text"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not here")
+@pytest.mark.skipif(not (DATA / "text").is_dir(), reason="the real data is not here")
 def test_real_text(tmp_path):
-    files = [path for path in find_files([REAL]) if "wikitext2" in path.name or "dialogues_dev" in path.name]
+    files = [DATA / "text" / "wikitext2_valid.jsonl.xz", DATA / "text" / "dialogues_dev.jsonl.xz"]
     train, held_out = load_text(files, BYTES)
     texts = [text for _, _, text in read_texts(files)]
     assert train.n_bytes + held_out.n_bytes == sum(len(text.encode()) for text in texts)

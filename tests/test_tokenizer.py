@@ -1,25 +1,24 @@
-"""Tokenizers: round trips, the specials, files, and a BPE trained on text."""
+"""Tokenizers: texts come back, special tokens, files, and a BPE trained on text."""
 import base64
 import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import DATA, ROOT
 from tokenizers import models, pre_tokenizers, trainers
 
 from data.errors import InputError
 from data.text import read_texts
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import LONGEST_WORD, Tokenizer, get_tokenizer, word_splitter
 
-ROOT = Path(__file__).parents[1]
-REAL = Path(__file__).parents[2] / "shared" / "data"
 ODD = ["", " ", "Hello there, it's 12 o'clock.", "naïve café 😀👩‍👩‍👧 日本語 العربية",
        "tabs\tand\r\nline ends \n\n\n  x", "\x00\x1c\x85\u3000",
-       "a<eot", "eoc>", " " * 50 + "x", "\n" * 50, "he's she'll I'd 'S", "0123456789", "----====....", "<", ""]
+       "a<eot", "eoc>", " " * 50 + "x", "\n" * 50, "he's she'll I'd 'S", "0123456789", "----====....", "<",
+       ""]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,8 @@ def test_ids_and_sizes(tokenizer):
     assert max(tokenizer.encode("".join(ODD)), default=0) < tokenizer.eot
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eot, tokenizer.eoc]) == "a<eot><eoc>"
     assert tokenizer.decode([n_vocab, tokenizer.vocab_size, -1]) == "\ufffd" * 3
-    assert tokenizer.decode(tokenizer.encode("é")[:1]) == ("\ufffd" if len(tokenizer.encode("é")) == 2 else "é")
+    accented = tokenizer.encode("é")
+    assert tokenizer.decode(accented[:1]) == ("\ufffd" if len(accented) == 2 else "é")
     assert tokenizer.count_bytes([tokenizer.eot, tokenizer.eoc]) == 0
 
 
@@ -89,7 +89,8 @@ def test_specials_in_text_are_refused(tokenizer, text):
 
 
 def test_encode_many_equals_encode_and_keeps_the_order(tokenizer):
-    texts = [odd * (1 + i % 3) for i, odd in enumerate(ODD * 40)] + ["a word " * 100_000, "a<eot", "<eo", "t>"] + ODD
+    texts = [odd * (1 + i % 3) for i, odd in enumerate(ODD * 40)]
+    texts += ["a word " * 100_000, "a<eot", "<eo", "t>", *ODD]
     for text, ids in zip(texts, tokenizer.encode_many(iter(texts)), strict=True):
         assert np.array_equal(ids, tokenizer.encode(text))
 
@@ -109,19 +110,21 @@ def test_encode_many_reads_little_ahead():
 
 
 def test_runs_of_blanks_beyond_the_pattern_s_stack():
-    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"  ", b"\n\n"])
+    """tiktoken refuses a million blanks in a row. Before its last blank a run can be cut, as the pattern
+    splits there too. \\x1c is no blank to the pattern, though it is one to Python."""
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"  ", b"\n\n", b" \x1c"])
+    for n in (3000, 10**6):
+        parts = ["a" + "\n" * (n - 1), "\nb  c" + " " * (n - 1), " d" + " " * (n - 1), " \x1ce" + " " * 2001]
+        expected = np.concatenate([tokenizer.encode(part) for part in parts])
+        encoded = list(tokenizer.encode_many(["x", "".join(parts), " y"]))
+        assert np.array_equal(encoded[1], expected)
+        assert [tokenizer.decode(ids) for ids in encoded] == ["x", "".join(parts), " y"]
 
-    def parts(n):
-        return ["a" + "\n" * (n - 1), "\nb  c" + " " * (n - 1), " d" + " " * 2000]
 
-    def in_parts(n):
-        return np.concatenate([tokenizer.encode(part) for part in parts(n)])
-    # before its last blank a run may be cut, as the pattern splits there too
-    assert np.array_equal(tokenizer.encode("".join(parts(3000))), in_parts(3000))
-    million = "".join(parts(10**6))
-    encoded = list(tokenizer.encode_many(["x", million, " y"]))  # tiktoken alone refuses this text
-    assert np.array_equal(encoded[1], in_parts(10**6))
-    assert [tokenizer.decode(ids) for ids in encoded] == ["x", million, " y"]
+def test_a_long_run_of_letters_is_encoded():
+    """A version of tiktoken that takes the square of a run's length would not come to an end here."""
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"aa", b"aaaa"])
+    assert tokenizer.encode("a" * 2_000_000).tolist() == [257] * 500_000
 
 
 def test_saved_and_loaded_is_equal(tokenizer, tmp_path):
@@ -169,8 +172,8 @@ def test_binary_junk_and_a_missing_file_are_input_errors(tmp_path):
         get_tokenizer(str(tmp_path / "junk.tiktoken"))
 
 
-@pytest.mark.parametrize("name", ["bpe:", "bpe:257", "bpe:-300", "bpe:3e3", "bpe:1048577", "bpe:four", "bpe:1.5",
-                                  "bpe:٣٠٠", "GPT2", "", "words"])
+@pytest.mark.parametrize("name", ["bpe:", "bpe:257", "bpe:-300", "bpe:3e3", "bpe:1048577", "bpe:four",
+                                  "bpe:1.5", "bpe:٣٠٠", "GPT2", "", "words"])
 def test_unknown_names_list_what_is_accepted(text_file, name):
     with pytest.raises(InputError, match=r"bytes.*gpt2.*bpe:N.*\.tiktoken"):
         get_tokenizer(name, [text_file])
@@ -209,19 +212,34 @@ def test_bpe_ids_equal_those_of_the_tokenizers_library(text_file):
     assert n_merged > 10_000
 
 
-@pytest.mark.skipif(not (REAL / "text").is_dir(), reason="the real data is not here")
+@pytest.mark.skipif(not (DATA / "text").is_dir(), reason="the real data is not here")
 def test_bpe_ids_equal_those_of_the_tokenizers_library_on_real_text():
-    files = [REAL / "text" / "wikitext2_valid.jsonl.xz"]
+    files = [DATA / "text" / "wikitext2_valid.jsonl.xz"]
     ours, reference = get_tokenizer("bpe:2000", files), reference_bpe(files, 2000)
-    for _, _, text in itertools.islice(read_texts([REAL / "text" / "squality_stories.jsonl.xz"]), 20):
+    for _, _, text in itertools.islice(read_texts([DATA / "text" / "squality_stories.jsonl.xz"]), 20):
         assert ours.encode(text).tolist() == reference.encode(text).ids
 
 
-@pytest.mark.skipif(not (REAL / "vocab").is_dir(), reason="the real data is not here")
+@pytest.mark.skipif(not (DATA / "vocab").is_dir(), reason="the real data is not here")
 def test_gpt2_from_a_file():
-    tokenizer = get_tokenizer(str(REAL / "vocab" / "gpt2.tiktoken"))
+    tokenizer = get_tokenizer(str(DATA / "vocab" / "gpt2.tiktoken"))
     assert (tokenizer.eot, tokenizer.eoc, tokenizer.vocab_size) == (50256, 50257, 50304)
     assert tokenizer.encode("hello world").tolist() == [31373, 995]
+
+
+@pytest.mark.parametrize("text", ["x" + " " * 300_000 + "y", "a" * 300_000, "é\n" * 1000 + "\n" * 300_000])
+def test_the_work_of_training_grows_with_the_text_and_not_with_its_square(text):
+    """Training a BPE takes the square of a word's length, for each word."""
+    lengths = [len(word) for word, _ in word_splitter().pre_tokenize_str(text)]
+    assert sum(lengths) == len(text.encode())
+    assert sum(n * n for n in lengths) <= LONGEST_WORD * len(text.encode())
+
+
+def test_ordinary_words_are_not_cut():
+    text = " ".join(ODD) + " " + "a" * LONGEST_WORD
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+    words = [word for word, _ in plain]
+    assert [word for word, _ in word_splitter().pre_tokenize_str(text)] == [*words[:-1], words[-1][:-1], "a"]
 
 
 def test_training_runs_once_and_is_deterministic(text_file, tmp_path, capsys):
@@ -233,10 +251,11 @@ def test_training_runs_once_and_is_deterministic(text_file, tmp_path, capsys):
     copy.write_bytes(text_file.read_bytes())
     get_tokenizer("bpe:500", [copy])
     assert capsys.readouterr().out == ""  # equal content has one cache
+    code = ("import sys; from data.tokenizer import get_tokenizer as get; "
+            "print(get('bpe:500', sys.argv[1:]).key)")
     elsewhere = subprocess.run(
-        [sys.executable, "-c", "import sys; from data.tokenizer import get_tokenizer as get; "
-         "print(get('bpe:500', sys.argv[1:]).key)", str(text_file)], cwd=ROOT, text=True, capture_output=True,
-        check=True, env={"HHH_LAB_CACHE": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"})
+        [sys.executable, "-c", code, str(text_file)], cwd=ROOT, text=True, capture_output=True, check=True,
+        env={"HHH_LAB_CACHE": str(tmp_path / "elsewhere"), "PYTHONHASHSEED": "7"})
     assert elsewhere.stdout.split()[-1] == first.key
 
 

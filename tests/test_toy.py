@@ -1,62 +1,99 @@
-"""The toy world: the same each time, with known rankings that neither length nor a list of words gives away."""
+"""The toy world: the same files every time, and rankings that neither length nor a list of words gives
+away."""
+import hashlib
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import read_jsonl, run, run_well
 
-from data.toy import world as toy
+from data import toy
 from data.comparisons import parse
+from data.toy.comparisons import CONTENT, HHH, TONE
+
+# The first letters of the files' SHA-256: README's figures are of this world.
+DIGESTS = {
+    "binary.jsonl": "697e4a172f53", "count.txt": "6889e31aaf4d", "dialogue.jsonl": "52d93fd12fe7",
+    "hhh.jsonl": "83759ac8fc60", "lambada.jsonl": "968b7deed319", "lm.jsonl": "be6f0afa5e09",
+    "manners.jsonl": "37f1759de0c2", "prompt.txt": "7ed1f06ee5f6", "ranked.jsonl": "27ae270f9b61",
+    "samples.jsonl": "f1a5ec3d3aff",
+}
 
 
 @pytest.fixture(scope="module")
 def world():
-    folder = toy.toy_folder()
-    return {name: [json.loads(line) for line in open(folder / f"{name}.jsonl")] for name in ("lm", "ranked", "binary", "hhh", "manners")}
+    """{name: records} of world 0."""
+    names = ("lm", "ranked", "binary", "hhh", "manners", "samples", "lambada")
+    return {name: read_jsonl(toy.toy_folder() / f"{name}.jsonl") for name in names}
 
 
 def pairs(records):
-    """(better, worse, group) of all completions with different scores."""
-    return [(a, b, r["group"]) for r in records for a, s in zip(r["completions"], r["scores"]) for b, t in zip(r["completions"], r["scores"]) if s > t]
+    """(better, worse, group) of all pairs of completions with different scores."""
+    return [(better, worse, record["group"]) for record in records
+            for better, high in zip(record["completions"], record["scores"])
+            for worse, low in zip(record["completions"], record["scores"]) if high > low]
 
 
-def test_a_world_is_a_function_of_its_seed(tmp_path):
-    for name in ("one", "again"):
-        toy.write_world(tmp_path / name, seed=3)
-    for file in ("lm", "ranked", "binary", "hhh", "dialogue", "manners"):
-        assert (tmp_path / "one" / f"{file}.jsonl").read_bytes() == (tmp_path / "again" / f"{file}.jsonl").read_bytes()
-    assert (tmp_path / "one" / "ranked.jsonl").read_bytes() != (toy.toy_folder() / "ranked.jsonl").read_bytes()
-    assert toy.toy_folder() == toy.toy_folder()
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in folder.iterdir()}
 
 
-def test_records_are_comparisons_without_repeats(world):
-    for name in ("ranked", "binary", "hhh", "manners"):
+def test_world_0_is_the_same_to_the_last_byte():
+    assert digests(toy.toy_folder()) == DIGESTS
+
+
+def test_the_command_writes_the_world_of_a_seed(tmp_path):
+    printed = run_well("data/toy/__main__.py", "--out", tmp_path / "one", "--seed", 3)
+    toy.write_world(tmp_path / "again", seed=3)
+    written = digests(tmp_path / "one")
+    assert written == digests(tmp_path / "again")
+    assert [name for name in DIGESTS if written[name] == DIGESTS[name]] == ["count.txt"]
+    named = [line.split(":")[0] for line in printed.splitlines()]
+    assert named == [f"{tmp_path}/one/{name}" for name in DIGESTS]
+
+
+def test_the_command_answers_mistakes_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    mistakes = [([], "the following arguments are required: --out"), (["moon"], "invalid choice: 'moon'"),
+                (["--out", tmp_path, "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+                (["sources", "--out", tmp_path / "file"], "toy: error: ")]
+    for flags, words in mistakes:
+        done = run("data/toy/__main__.py", *flags)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_records_are_different_comparisons(world):
+    for name in ("ranked", "binary", "hhh", "manners", "samples"):
         records = world[name]
-        assert len({json.dumps(r) for r in records}) == len(records) or name == "manners"
+        assert name == "manners" or len({json.dumps(record) for record in records}) == len(records)
         for record in records:
             context, completions, scores, group = parse(record, name)
             assert context.startswith("\n\nHuman: ") and context.endswith("\n\nAssistant:") and group
-            assert 2 <= len(completions) <= 5 and len(set(completions)) == len(completions) and len(set(scores)) >= 2
-            assert all(c.startswith(" ") and c.strip() for c in completions)
-    assert {s for r in world["binary"] for s in r["scores"]} == {0, 1}
-    assert set(Counter(r["category"] for r in world["hhh"])) == {"helpful", "honest", "harmless", "other"}
+            assert len(completions) == 16 if name == "samples" else 2 <= len(completions) <= 5
+            assert len(set(completions)) == len(completions)
+            assert len(set(scores)) >= 2 or name == "samples"
+            assert all(text.startswith(" ") and text.strip() for text in completions)
+    for name in ("binary", "samples"):
+        assert {score for record in world[name] for score in record["scores"]} == {0, 1}
+    assert Counter(record["category"] for record in world["hhh"]) == dict.fromkeys(HHH, 200)
 
 
 @pytest.mark.parametrize("name", ["ranked", "binary"])
 def test_every_group_has_about_as_many_comparisons(world, name):
-    sizes = Counter(r["group"] for r in world[name]).values()
+    sizes = Counter(record["group"] for record in world[name]).values()
     assert len(sizes) > 800 and max(sizes) - min(sizes) <= 3
 
 
 def test_contexts_look_like_the_pages_conversations_and_hhh_questions_are_new(world):
-    text = "\n".join(r["text"] for r in world["lm"])
-    asked = {r["context"] for name in ("ranked", "binary") for r in world[name]}
-    hhh = {r["context"] for r in world["hhh"]}
+    text = "\n".join(record["text"] for record in world["lm"])
+    asked = {record["context"] for name in ("ranked", "binary") for record in world[name]}
+    hhh = {record["context"] for record in world["hhh"]}
     assert not hhh & asked and not any(context in text for context in hhh)
-    seen = [context in text for context in sorted(asked)[:300]]
-    assert np.mean(seen) > 0.5
-    prompt = toy.careful_prompt(4)
-    assert prompt.endswith("\n\n-----") and prompt.count("\n\n-----") == 4 and not any(context in prompt for context in hhh)
+    assert np.mean([context in text for context in sorted(asked)[:300]]) > 0.5
+    prompt = toy.careful_prompt()
+    assert prompt.endswith("\n\n-----") and prompt.count("\n\n-----") == 4
+    assert not any(context in prompt for context in hhh)
     assert "\n\n-----\n\nHuman: " in text
 
 
@@ -68,24 +105,32 @@ def test_length_does_not_tell_the_better_answer(world, name):
 
 @pytest.mark.parametrize("name", ["ranked", "binary"])
 def test_a_list_of_words_does_not_tell_the_better_answer(world, name):
-    """Logistic regression on differences of word counts, trained on half of the groups, tested on the others."""
+    """Logistic regression on differences of word counts is trained on half of the groups and tested on the
+    rest."""
     data = pairs(world[name])
-    words = {w: i for i, w in enumerate(sorted({w for a, b, _ in data for w in (a + b).split()}))}
+    words = {word: i for i, word in enumerate(sorted({word for a, b, _ in data for word in (a + b).split()}))}
     x = np.zeros((len(data), len(words)), np.float32)
-    for row, (a, b, _) in zip(x, data):
-        for text, sign in ((a, 1), (b, -1)):
-            for w in text.split():
-                row[words[w]] += sign
-    groups = sorted({g for *_, g in data})
-    train = np.isin([g for *_, g in data], groups[::2])
+    for row, (better, worse, _) in zip(x, data):
+        for text, sign in ((better, 1), (worse, -1)):
+            for word in text.split():
+                row[words[word]] += sign
+    groups = sorted({group for *_, group in data})
+    is_train = np.isin([group for *_, group in data], groups[::2])
     weights = np.zeros(len(words), np.float32)
     for _ in range(200):
-        p = 1 / (1 + np.exp(-x[train] @ weights))
-        weights += x[train].T @ (1 - p) / train.sum() - 1e-2 * weights
-    margin = x[~train] @ weights
+        p = 1 / (1 + np.exp(-x[is_train] @ weights))
+        weights += x[is_train].T @ (1 - p) / is_train.sum() - 1e-2 * weights
+    margin = x[~is_train] @ weights
     assert np.mean((margin > 0) + 0.5 * (margin == 0)) < 0.53
 
 
-def test_quality_puts_truth_and_safety_before_tone(world):
-    assert toy.CONTENT["right"] > toy.CONTENT["vague"] > toy.CONTENT["wrong"] > toy.CONTENT["unsafe"]
-    assert 4 > toy.TONE["kind"] > toy.TONE["plain"] > toy.TONE["rude"]
+def test_quality_puts_truth_and_safety_before_tone():
+    assert CONTENT["right"] > CONTENT["vague"] > CONTENT["wrong"] > CONTENT["unsafe"]
+    assert 4 > TONE["kind"] > TONE["plain"] > TONE["rude"]
+
+
+def test_the_last_words_are_known_facts(world):
+    of_subjects = toy.build_world(0).truths.values()
+    truths = {sentence.rstrip(".") for facts in of_subjects for sentences in facts for sentence in sentences}
+    for record in world["lambada"]:
+        assert len(record["text"]) <= 250 and record["text"].split(". ")[-1] in truths

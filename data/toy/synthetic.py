@@ -1,76 +1,66 @@
-"""Synthetic comparisons with a known order, for the paper's question (Section 7, appendix) whether ranked or binarised pre-training
-of a preference model transfers better: to finetuning by the same order of qualities, the reversed or a shuffled one.
+"""Synthetic comparisons with a known order, for a question of the paper (Section 7 and its appendix): which
+pre-training of a preference model, ranked or binarised, transfers better to finetuning by the same order of
+qualities, by the reversed one, or by a shuffled one?
 
-    context      " rank qxzt:"          a task word and some letters; nothing depends on them
-    completion   " cbaed"               the letters a to e in any order
+    context      " rank qxzt:"     a task word and some letters; nothing depends on them
+    completion   " cbaed"          the letters a to e in any order
 
-The quality of a completion is its first letter, and an order says which is worth how much. Neither its length nor the letters in it
-tell its quality: a model has to see which one stands first. Files, no two of which share a context:
+The quality of a completion is its first letter, and an order of the letters says which is worth how much.
+Neither the length nor the set of letters tells it: a model has to see which letter stands first. The files
+share no context:
 
-    pmp.jsonl                                  pairs in the order a < b < c < d < e
-    finetune-ORDER.jsonl, test-ORDER.jsonl     for ORDER same, reversed, and shuffled: half of the pairs of letters the other way
+    pmp.jsonl                                 pairs in the order a < b < c < d < e
+    finetune-ORDER.jsonl, test-ORDER.jsonl    for ORDER same, reversed, and shuffled: there half of the pairs
+                                              of letters turn round
 
-Binarised, a pair says of each letter only whether it won, so at most 80 % of pmp.jsonl's pairs GOOD against BAD can be told.
+Binarised, a pair says of a letter only whether it won, so at most 80 % of pmp.jsonl's pairs GOOD against
+BAD can be told.
 """
-import argparse
 import itertools
-import json
 import random
 from pathlib import Path
 
-from data.errors import InputError, run_main
-from data.files import write_file
+from data.errors import InputError
+from data.toy import write_jsonl
 
-KEYS, OTHERS = "abcde", "fghijklmnopqrstuvwxyz"
+LETTERS, OTHERS = "abcde", "fghijklmnopqrstuvwxyz"
 
 
 def orders(rng):
-    """{name: letters from worst to best}. Shuffled is one of the orders that turn 5 of the 10 pairs round."""
-    def turned(order):
-        return sum(a > b for a, b in itertools.combinations(order, 2))
-    return {"same": KEYS, "reversed": KEYS[::-1],
-            "shuffled": "".join(rng.choice([order for order in itertools.permutations(KEYS) if turned(order) == 5]))}
+    """{name: the letters from worst to best}."""
+    half_turned = [order for order in itertools.permutations(LETTERS)
+                   if sum(a > b for a, b in itertools.combinations(order, 2)) == 5]  # 5 of 10 pairs
+    return {"same": LETTERS, "reversed": LETTERS[::-1], "shuffled": "".join(rng.choice(half_turned))}
 
 
-def completion(rng, key):
-    others = KEYS.replace(key, "")
-    return f" {key}{''.join(rng.sample(others, len(others)))}"
+def completion(rng, letter):
+    others = LETTERS.replace(letter, "")
+    return f" {letter}{''.join(rng.sample(others, len(others)))}"
 
 
 def comparisons(rng, n, order, contexts):
-    """Yield n pairs scored by an order. A context is drawn that is not in the set `contexts`, and put there."""
+    """Yield n pairs scored by an order. Their contexts are not in the set `contexts`, and are added to
+    it."""
     for _ in range(n):
         while (name := "".join(rng.choices(OTHERS, k=4))) in contexts:
             pass
         contexts.add(name)
-        keys = rng.sample(KEYS, 2)
-        yield {"context": f" rank {name}:", "completions": [completion(rng, key) for key in keys],
-               "scores": [order.index(key) for key in keys], "group": name}
+        letters = rng.sample(LETTERS, 2)
+        yield {"context": f" rank {name}:", "completions": [completion(rng, letter) for letter in letters],
+               "scores": [order.index(letter) for letter in letters], "group": name}
 
 
 def write(folder, seed=0, n_pmp=16000, n_finetune=200, n_test=500):
-    """Write the seven files into a folder: so many pairs for pre-training, and for finetuning and testing each order.
+    """Write the seven files: n_pmp pairs for pre-training, and for each order n_finetune and n_test pairs.
 
-    Raises InputError where there are not as many contexts."""
-    if n_pmp + 3 * (n_finetune + n_test) > len(OTHERS) ** 4 // 2:
-        raise InputError(f"{n_pmp + 3 * (n_finetune + n_test):,} comparisons: there are contexts for {len(OTHERS) ** 4 // 2:,}; give smaller numbers")
-    rng, contexts = random.Random(f"{seed}/synthetic"), set()
-    sizes = {"pmp": (n_pmp, KEYS)}
-    for name, order in orders(rng).items():
-        sizes |= {f"finetune-{name}": (n_finetune, order), f"test-{name}": (n_test, order)}
-    for name, (n, order) in sizes.items():
-        write_file(Path(folder) / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in comparisons(rng, n, order, contexts)))
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m data.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the seven files to")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
-    args = parser.parse_args()
-    write(args.out, args.seed)
-    for path in sorted(args.out.glob("*.jsonl")):
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    run_main(main)
+    Raises InputError if there are not as many contexts.
+    """
+    n, most = n_pmp + 3 * (n_finetune + n_test), len(OTHERS) ** 4 // 2
+    if n > most:
+        raise InputError(f"{n:,} comparisons: there are contexts for {most:,}; give smaller numbers")
+    rng, contexts, folder = random.Random(f"{seed}/synthetic"), set(), Path(folder)
+    order_of = orders(rng)
+    write_jsonl(folder / "pmp.jsonl", comparisons(rng, n_pmp, LETTERS, contexts))
+    for name, order in order_of.items():
+        write_jsonl(folder / f"finetune-{name}.jsonl", comparisons(rng, n_finetune, order, contexts))
+        write_jsonl(folder / f"test-{name}.jsonl", comparisons(rng, n_test, order, contexts))
