@@ -1,8 +1,6 @@
-"""Files in and out: finding, opening and hashing inputs, reading JSON lines, building a cached folder exactly once."""
+"""Files: finding, reading, hashing and writing them, and building a cached folder exactly once."""
 import bz2
-import contextlib
 import fcntl
-import gzip
 import hashlib
 import io
 import json
@@ -13,31 +11,41 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import zstandard
+
 from data.errors import InputError
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")  # what a folder given as --data is searched for
-LONGEST_LINE = 2**30  # bytes: what is longer is no line but a broken or hostile file, and is not read into memory
-PACKED = ("", ".gz", ".xz", ".bz2", ".zst")
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")  # of the files that are read where --data names a folder
+LINE_LIMIT = 2**27  # bytes: what has a longer line is no file of text, and is not read into memory
+DECOMPRESSORS = {  # what decompresses one stream; each has decompress(bytes), eof and unused_data
+    ".gz": lambda: zlib.decompressobj(wbits=31),  # 31 means a stream with gzip's header
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    ".bz2": bz2.BZ2Decompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),  # 2**31: as dumps need
+}
+PACKED = ("", *DECOMPRESSORS)
+PADDED = (".gz", ".xz")  # zeros may stand between their streams and after the last one
 
 
 def cache_dir():
-    """Where built caches lie: $HHH_LAB_CACHE, or data/cache beside this file (not under version control)."""
+    """The folder for caches: $HHH_LAB_CACHE, or data/cache, which is not under version control."""
     return Path(os.environ.get("HHH_LAB_CACHE") or Path(__file__).parent / "cache")
 
 
 def find_files(paths, more=()):
-    """Files named by `paths` (files or folders, searched recursively for text and JSON lines), sorted within a folder.
-    `more`: further endings to look for in folders.
+    """The files that `paths` name. A path may be a folder, which is searched for text and JSON lines, with
+    all the folders in it; its files come in sorted order. `more`: further suffixes to search for.
 
-    Raises InputError for a path that does not exist and for a folder that holds nothing readable.
+    Raises InputError for a path that does not exist and for a folder without such files.
     """
+    suffixes = tuple(suffix + packed for suffix in (*SUFFIXES, *more) for packed in PACKED)
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(
-                tuple(s + c for s in (*SUFFIXES, *more) for c in PACKED)))
+            inside = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
             if not inside:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} files in this folder (plain, .gz, .xz, .bz2, .zst)")
+                raise InputError(f"{path}: no {', '.join(SUFFIXES)} files in this folder (plain, .gz, .xz, "
+                                 ".bz2, .zst)")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -46,112 +54,105 @@ def find_files(paths, more=()):
     return list(dict.fromkeys(found))
 
 
-def open_bytes(path):
-    """Open a plain, .gz, .xz, .bz2 or .zst file for reading bytes, decompressed as a stream."""
-    return unpacker(path, open)(path, "rb")
+def unpack(path, progress=None):
+    """Yield the bytes of a file in pieces, decompressed if its name ends in .gz, .xz, .bz2 or .zst.
 
-
-def unpacker(path, otherwise):
-    return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zst}.get(Path(path).suffix, otherwise)
-
-
-def _open_zst(path, mode):
-    with contextlib.suppress(ImportError):
-        from compression import zstd  # Python 3.14
-        return zstd.open(path, mode, options={zstd.DecompressionParameter.window_log_max: 31})
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{getattr(path, 'name', path)}: reading .zst needs one more package: pip install zstandard") from None
-    file = path if hasattr(path, "read") else open(path, mode)
-    return io.BufferedReader(_ZstFrames(file, zstandard.ZstdDecompressor(max_window_size=2**31)), 2**17)
-
-
-class _ZstFrames(io.RawIOBase):
-    """The frames of a .zst file, one after the other. zstandard's own reader takes a file that was cut for a whole one.
-
-    Published dumps are packed with windows of up to 2^31 bytes, which a decompressor allows only when told so.
+    A compressed file may consist of several streams. Each must begin and end as it should: the readers of
+    Python's libraries stop without an error where damage hides the next stream, or where a .zst file is
+    cut. `progress`, a tqdm bar, is moved on by the bytes read from disk. Raises EOFError where a stream is
+    cut, and the decompressor's own error where it is damaged.
     """
+    suffix = Path(path).suffix
+    if suffix not in DECOMPRESSORS:
+        yield from _read(path, 2**18, progress)
+        return
+    stream = DECOMPRESSORS[suffix]()
+    # Few bytes at a time: they can become a million times as many for .bz2, 30,000 times for the others.
+    for packed in _read(path, 2**7 if suffix == ".bz2" else 2**12, progress):
+        while packed:
+            if stream.eof and suffix in PADDED and packed.startswith(b"\0"):
+                packed = packed.lstrip(b"\0")
+                continue
+            if stream.eof:
+                stream = DECOMPRESSORS[suffix]()
+            yield stream.decompress(packed)
+            packed = stream.unused_data
+    if not stream.eof:
+        raise EOFError("it ends within a compressed stream")
 
-    def __init__(self, file, zstd):
-        self.file, self.zstd, self.frame, self.packed, self.plain = file, zstd, None, b"", memoryview(b"")
 
-    def readable(self):
-        return True
+def _read(path, size, progress):
+    with open(path, "rb") as file:
+        while piece := file.read(size):
+            if progress is not None:
+                progress.update(len(piece))
+            yield piece
 
-    def readinto(self, buffer):
-        while not self.plain:
-            packed = self.packed or self.file.read(2**12)  # a little at a time: it may unpack to 30,000 times as much
-            if not packed:
-                if self.frame:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self.frame = self.frame or self.zstd.decompressobj()
-            self.plain, self.packed = memoryview(self.frame.decompress(packed)), b""
-            if self.frame.eof:
-                self.packed, self.frame = self.frame.unused_data, None
-        n = min(len(buffer), len(self.plain))
-        buffer[:n], self.plain = self.plain[:n], self.plain[n:]
-        return n
+
+def split_lines(path, pieces):
+    """Yield (line number from 1, line as bytes without its end) of content that is given in pieces of bytes.
+
+    `path` is for the messages of the InputErrors, which are raised where `pieces` raises the error of a
+    decompressor, and for a line longer than LINE_LIMIT.
+    """
+    number, line = 0, bytearray()
+    try:
+        for piece in pieces:
+            for part in io.BytesIO(piece):
+                line += part
+                if len(line) > LINE_LIMIT:
+                    raise InputError(f"{path}:{number + 1}: a line of more than {LINE_LIMIT // 2**20} MB; is "
+                                     "this a text file?")
+                if part.endswith(b"\n"):
+                    number += 1
+                    yield number, bytes(line).rstrip(b"\r\n")
+                    line.clear()
+        if line:
+            yield number + 1, bytes(line).rstrip(b"\r\n")
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk; that of bz2 has no number
+            raise
+        raise InputError(f"{path}:{number + 1}: the compressed file is damaged or cut ({error}); fetch it "
+                         "again") from None
 
 
 def read_lines(path, progress=None):
-    """Yield (line number from 1, line as bytes without its end) of a possibly compressed file.
+    """Yield (line number from 1, line as bytes without its end) of a plain or compressed file: see `unpack`.
 
-    `progress`, a tqdm bar, is moved on by the bytes read from disk, compressed ones where the file is compressed.
-    Raises InputError with file and line where the compressed stream is damaged or cut.
+    Raises InputError with file and line for a damaged or cut compressed file and for a line that is too long.
     """
-    number = 0
-    try:
-        with open(path, "rb") as disk, unpacker(path, lambda file, mode: file)(disk, "rb") as file:
-            done = unseen = 0
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                if len(line) == LONGEST_LINE:
-                    raise InputError(f"{path}:{number}: a line longer than {LONGEST_LINE // 2**20} MB; is this a text file?")
-                unseen += len(line)
-                if progress is not None and unseen > 2**18:  # asking for each line would cost as much as reading it
-                    progress.update(disk.tell() - done)
-                    done, unseen = disk.tell(), 0
-                yield number, line.rstrip(b"\r\n")
-            if progress is not None:
-                progress.update(disk.tell() - done)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}:{number + 1}: the compressed file is damaged or cut ({error}); fetch it again") from None
-    except Exception as error:
-        if type(error).__name__ == "ZstdError" or isinstance(error, OSError) and error.errno is None:  # from bz2
-            raise InputError(f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again") from None
-        raise
+    return split_lines(path, unpack(path, progress))
 
 
 def parse_json(path, number, line):
-    """One JSON object from one line; InputError names the file and the line. NaN and Infinity are refused."""
+    """The JSON object in line `number` of a file. Raises InputError with file and line for anything else,
+    and for the words NaN and Infinity, which Python reads as numbers although JSON does not have them."""
     def refuse(word):
         raise ValueError(f"{word} is not a number")
+
+    where = f"{path}:{number}"
     try:
         record = json.loads(line.decode("utf-8"), parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                         "is this a text file?") from None
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); is this a text "
+                         "file?") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{number}: not a JSON object on one line ({error})") from None
+        raise InputError(f"{where}: not a JSON object on one line ({error})") from None
     if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}: expected a JSON object like {{…}}, found {str(record)[:40]!r}")
+        raise InputError(f"{where}: expected a JSON object like {{…}}, found {str(record)[:40]!r}")
     return record
 
 
 def read_records(path, progress=None):
-    """Yield (line number, dict) for each non-blank line of a JSON-lines file."""
+    """Yield (line number, dict) for the lines of a JSON-lines file, without blank lines."""
     for number, line in read_lines(path, progress):
         if line.strip():
             yield number, parse_json(path, number, line)
 
 
 def content_key(paths, *settings):
-    """A short name for the content of files plus settings: equal content has one cache wherever it lies.
-
-    The digest of a large file is remembered by (path, size, modification time), so starting again does not read it.
-    """
+    """A short hash of the content of files and of `settings`, to name a cache by. The files' names and places
+    do not matter."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
         digest.update(file_digest(path))
@@ -159,19 +160,21 @@ def content_key(paths, *settings):
 
 
 def file_digest(path):
+    """The SHA-256 of a file. It is remembered by path, size and modification time, because reading a large
+    file each time would take long."""
     stat = os.stat(path)
-    name = hashlib.sha256(repr((os.path.realpath(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:32]
-    memo = cache_dir() / "digests" / name
-    if memo.exists():
-        return memo.read_bytes()
+    state = repr((os.path.realpath(path), stat.st_size, stat.st_mtime_ns))
+    remembered = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if remembered.exists():
+        return remembered.read_bytes()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    write_file(memo, digest)
+    write_file(remembered, digest)
     return digest
 
 
 def write_file(path, content):
-    """Write bytes or text so that the file appears whole or not at all."""
+    """Write bytes or text to a file, which appears when it is complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
@@ -187,20 +190,20 @@ def write_file(path, content):
 
 
 def check_writable(path):
-    """Raise OSError or InputError if write_file(path, …) could not work."""
+    """Raise OSError or InputError if `write_file` could not write to `path`."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a file's name")
+        raise InputError(f"{path}: this is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def build_once(name, build):
-    """The folder cache_dir()/name, made by `build(empty folder)` if it is not there yet.
+    """The folder cache_dir()/name. If it is not there yet, build(empty folder) makes its content.
 
-    Processes that start together wait for the one that builds (a file lock). The folder is built beside its place and
-    renamed, so it is whole or absent, and a build that was killed is begun again.
+    Of processes that start together one builds and the others wait for it (a file lock). The folder is built
+    beside its place and then renamed, so it is complete or absent. A build that was killed is begun again.
     """
     folder = cache_dir() / name
     if folder.is_dir():

@@ -78,8 +78,8 @@ def records(paths, args, count):
                 problems.append((problem, before, body(problem.prompt + problem.solution, problem.entry_point)))
             except (SyntaxError, ValueError) as error:
                 count.bad(f"{path}: {problem.id}", f"prompt and solution are not a Python function {problem.entry_point} ({error})")
-        if hasattr(args, "progress"):
-            args.progress.update(path.stat().st_size)
+        if count.progress is not None:
+            count.progress.update(path.stat().st_size)
 
     outcomes = run([(problem, before, [solution]) for problem, before, solution in problems], args, "own solutions")
     for own, in outcomes:

@@ -35,7 +35,7 @@ def records(paths, args, count):
     subject = load_subject(args, checkpoint.load_lm)
     room = subject.ctx - args.max_new
     found = []
-    for where, record in json_records(paths, args, count):
+    for where, record in json_records(paths, count):
         try:
             found.append(parse(record, where))
         except InputError as error:

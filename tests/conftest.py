@@ -3,6 +3,7 @@
 A script runs in a process of its own, as from the command line, but forked from one that has imported torch already: a
 tenth of a second instead of three.
 """
+import argparse
 import json
 import multiprocessing
 import os
@@ -18,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.comparisons import parse
+from data.sources.count import Count
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
@@ -104,6 +108,20 @@ def losses(out):
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def convert(source, paths, *flags, max_bad=0.0):
+    """(records, Count) of what a module of data/sources makes of raw files, with flags as data.prepare takes
+    them."""
+    parser = argparse.ArgumentParser()
+    source.add_flags(parser)
+    args = parser.parse_args([str(flag) for flag in flags])
+    args.out = paths[0].parent / "out.jsonl"
+    count = Count(max_bad)
+    found = list(source.records(paths, args, count))
+    for record in found:
+        assert "text" in record or parse(record, "comparison")
+    return found, count
 
 
 def alone(model, tokenizer, context, completion):

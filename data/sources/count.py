@@ -1,47 +1,58 @@
-"""What became of the records of a raw file: kept, left out on purpose, broken. Nothing disappears without a count."""
+"""What became of the records of the raw files: kept, left out on purpose, or broken. All are counted."""
 from collections import Counter
 
 from data.errors import InputError
 
-SHOWN = 5  # places of broken records that are named
-ENOUGH = 1000  # records after which too large a share of broken ones ends the reading at once
+PLACES = 5  # of so many broken records the place is remembered
+ENOUGH = 1000  # after so many records, too large a share of broken ones ends the reading at once
+
+
+class LeftOut(Exception):
+    """Raised where something is left out on purpose; its text is the reason."""
 
 
 class Count:
-    """Tallies of one preparation. A source adds 1 to `total` for each record it reads and calls `drop` and `bad`."""
+    """The counts of one preparation. A source adds 1 to `total` for each record that it reads, and calls
+    `drop` for what it leaves out and `bad` for what is broken."""
 
-    def __init__(self, max_bad=0.001):
-        """max_bad: the largest share of broken records that is put up with, 0 to 1."""
+    def __init__(self, max_bad=0.001, progress=None):
+        """max_bad: the largest share of broken records that is accepted, 0 to 1.
+        progress: a bar that readers of the raw files move on by the bytes they read, or None."""
         self.max_bad = max_bad
+        self.progress = progress
         self.total = self.kept = self.n_bad = 0
-        self.dropped = Counter()  # reason -> how many
-        self.places = []  # the first broken records: "file:line: why"
+        self.dropped = Counter()  # reason: how many
+        self.places = []  # the first broken records, each as "file:line: what is wrong"
 
-    def drop(self, why, n=1):
-        """n things were left out on purpose. `why` names them: "questions with one answer"."""
-        self.dropped[why] += n
+    def drop(self, reason, n=1):
+        """Count n things that are left out on purpose. `reason` names them: "questions with one answer"."""
+        self.dropped[reason] += n
 
-    def bad(self, where, why):
-        """The record at `where` ("file:line") is broken. Raises InputError once their share is too large."""
+    def bad(self, where, problem):
+        """Count the record at `where` ("file:line") as broken. Raises InputError once too many are."""
         self.n_bad += 1
-        if len(self.places) < SHOWN:
-            self.places.append(f"{where}: {why}"[:200])
+        if len(self.places) < PLACES:
+            self.places.append(f"{where}: {problem}"[:200])
         if self.total >= ENOUGH:
             self.check()
 
     def check(self):
         """Raise InputError if too large a share of the records read so far is broken."""
-        if self.n_bad > self.max_bad * max(1, self.total):
-            first, *more = self.places[:3]
-            raise InputError(f"{first} ({self._share()}{', also ' + '; '.join(more) if more else ''}); is this the published file? "
-                             f"--max_bad {min(1, self.n_bad / max(1, self.total)):.2g} would leave them out")
+        if self.n_bad <= self.max_bad * max(1, self.total):
+            return
+        first, *others = self.places[:3]
+        also = f", also {'; '.join(others)}" if others else ""
+        raise InputError(f"{first} ({self._broken()}{also}); is this the published file? "
+                         f"--max_bad {min(1, self.n_bad / max(1, self.total)):.2g} would leave them out")
 
-    def _share(self):
-        return f"{self.n_bad:,} of {self.total:,} records are broken, {self.n_bad / max(1, self.total):.2%}"
+    def _broken(self):
+        share = self.n_bad / max(1, self.total)
+        return f"{self.n_bad:,} of {self.total:,} records are broken, {share:.2%}"
 
     def summary(self):
         """Lines that say what was left out and what was broken."""
-        lines = [f"left out: {n:,} {why}" for why, n in self.dropped.most_common()]
+        lines = [f"left out: {n:,} {reason}" for reason, n in self.dropped.most_common()]
         if self.n_bad:
-            lines += [f"{self._share()}; they were left out, the first of them:", *(f"  {place}" for place in self.places)]
+            lines.append(f"{self._broken()}; they were left out, the first of them:")
+            lines += [f"  {place}" for place in self.places]
         return lines
