@@ -53,6 +53,7 @@ from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
 from evals import pm
 from evals.choices import HHH_ITEMS
+from hf_folder import make_config
 from model import GPT, SIZES, Config, read
 from ranks import check_compiler, pick_dtype, start
 from sampling import generate
@@ -312,7 +313,7 @@ def trl_training(config, dtype, pairs, batch):
     eot, eoc = pairs.row_format.tokenizer.eot, pairs.row_format.tokenizer.eoc
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eot>": eot, "<eoc>": eoc}, "<eot>"))
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<eot>", eos_token="<eoc>")
-    shape = transformers.AutoConfig.for_model(**checkpoint.hf_config(config, eot))
+    shape = transformers.AutoConfig.for_model(**make_config(config, pairs.row_format.tokenizer))
     batch = min(batch, pairs.batch)
     n_steps = pairs.batch // batch
     times = []  # when each step ended

@@ -37,7 +37,7 @@ COMMANDS = __doc__[__doc__.index("  /reset"):].rstrip()
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder of a language model")
+    parser.add_argument("--model", required=True, help="language model: a checkpoint folder, a Hugging Face folder or a .gguf file")
     parser.add_argument("--prompt", default="none", help="hhh, code, toy, a text file, or none (default: none)")
     parser.add_argument("--prompt_tokens", type=plan.positive(int), help="keep the prompt's preamble and as many of its last conversations as fit this many tokens "
                         "(default: the whole prompt)")

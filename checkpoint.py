@@ -1,12 +1,15 @@
 """A run's state on disk. A checkpoint is a folder that is also a Hugging Face model folder:
 
-    config.json, model.safetensors    for transformers a LlamaForCausalLM, or a LlamaForSequenceClassification
-    tokenizer.tiktoken                each token in base64, and its rank; <eot> and <eoc> are the two next ids
-    meta.json                         kind, objective, step, flags, metrics, what it was trained on, versions
-    train_state.pt                    optimizer state, for --resume
+    config.json, model.safetensors            a causal language model, or a classifier of one class, in the
+                                              architecture of the model that the run began with
+    tokenizer.json, tokenizer_config.json     a preference model's tokenizer sets <eoc> behind each text
+    meta.json                                 kind, objective, step, flags, metrics, training data, versions
+    train_state.pt                            optimizer state, for --resume
 
 A run writes its files into OUT/partial, and then renames this folder to OUT/step-N. So a crash at any moment
 leaves the last good checkpoint. When the run is done, the newest checkpoint's files become OUT's own.
+
+`load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file (pretrained.py).
 """
 import json
 import os
@@ -16,92 +19,53 @@ import shutil
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 
 from data.errors import InputError
-from data.files import write_file
+from data.files import read_json, write_file
 from data.tokenizer import Tokenizer
-from model import GPT, Config
+from hf_folder import make_config, read_config, read_weights, weight_files, write_weights
+from model import GPT
+from pretrained import read_pretrained
 
-# meta.json is the last to be copied: a folder that has it is complete
-FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "train_state.pt", "meta.json")
-
-
-def hf_config(config, eot):
-    """A Config as transformers' LlamaConfig writes it."""
-    if config.value_head:
-        head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1,
-                "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    else:
-        head = {"architectures": ["LlamaForCausalLM"]}
-    return {
-        **head, "model_type": "llama", "hidden_size": config.d_model, "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_head, "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.ctx, "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "bos_token_id": None, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": "float32"}
+# A large model has several weight files and their index in place of model.safetensors.
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt",
+         "meta.json")
 
 
-def read_config(path):
-    """The Config in a config.json. Raises InputError for what is not a model of this project."""
-    try:
-        hf = json.loads(Path(path).read_text())
-        config = Config(
-            n_layer=hf["num_hidden_layers"], d_model=hf["hidden_size"], n_head=hf["num_attention_heads"],
-            vocab_size=hf["vocab_size"], ctx=hf["max_position_embeddings"], tied=hf["tie_word_embeddings"],
-            value_head="LlamaForSequenceClassification" in hf["architectures"], rope_theta=hf["rope_theta"],
-            norm_eps=hf["rms_norm_eps"])
-        sizes = (config.n_layer, config.d_model, config.n_head, config.vocab_size, config.ctx)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError("its sizes are not all whole numbers above 0")
-        if hf["intermediate_size"] != config.d_ff or hf["num_key_value_heads"] != config.n_head:
-            raise InputError(f"{path}: not a model of this project (its MLP has width "
-                             f"{hf['intermediate_size']}, {hf['num_key_value_heads']} key heads; here "
-                             f"{config.d_ff} and {config.n_head})")
-        return config
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not a config this project can read ({why})") from None
-
-
-def find(folder):
-    """The folder that holds the newest whole checkpoint of a run: OUT/step-N if there is one, else OUT
-    itself."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder")
-    steps = sorted((int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", p.name)))
+def find(place):
+    """Where a model lies: the newest whole checkpoint of a run (OUT/step-N if there is one, else OUT itself), a
+    Hugging Face folder, or a .gguf file."""
+    place = Path(place)
+    if place.is_file() and place.suffix == ".gguf":
+        return place
+    if not place.is_dir():
+        raise InputError(f"{place}: no such checkpoint folder, nor a .gguf file")
+    steps = sorted((int(m[1]), p) for p in place.iterdir() if (m := re.fullmatch(r"step-(\d+)", p.name)))
     if steps:
         return steps[-1][1]
-    if not (folder / "meta.json").is_file():
-        raise InputError(f"{folder}: no checkpoint in this folder (a checkpoint holds {', '.join(FILES)})")
-    return folder
+    if not (place / "meta.json").is_file() and not (place / "config.json").is_file():
+        raise InputError(f"{place}: no checkpoint in this folder (a checkpoint holds {', '.join(FILES)}; a Hugging "
+                         "Face folder the first four)")
+    return place
 
 
-def load(folder, value_head=None, seed=0):
-    """(model, tokenizer, meta) of a run's newest checkpoint. Nothing but tensors and JSON is read.
+def content_files(place):
+    """The files that decide what the model at this place, which `find` returned, computes."""
+    return [place] if place.is_file() else [place / "config.json", *weight_files(place)]
+
+
+def load(place, value_head=None, seed=0):
+    """(model, tokenizer, meta) of a run's newest checkpoint, a Hugging Face folder or a .gguf file. Nothing but
+    tensors and JSON is read.
 
     value_head: None takes the model as it is. True adds a head, drawn from `seed`, to a language model. False
     leaves a preference model's head out. Raises InputError with the file for anything missing, damaged or of
     another shape.
     """
-    folder = find(folder)
-    config = read_config(folder / "config.json")
-    tokenizer = Tokenizer.load(folder)
-    meta = _read_meta(folder / "meta.json")
-    path = folder / "model.safetensors"
-    if tokenizer.vocab_size != config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of "
-                         f"{config.vocab_size}: these two files are not of one model")
-    if meta.get("tokenizer") != tokenizer.key:
-        raise InputError(f"{folder}/tokenizer.tiktoken: not the tokenizer that this model was trained with")
-    try:
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from None
+    place = find(place)
+    is_ours = place.is_dir() and (place / "meta.json").is_file()
+    config, state, tokenizer, meta = read_checkpoint(place) if is_ours else read_pretrained(place)
     has_head = config.value_head
     config.value_head = has_head if value_head is None else value_head
     with torch.device("meta"):
@@ -116,25 +80,36 @@ def load(folder, value_head=None, seed=0):
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         why = str(error).splitlines()[1].strip()[:200]
-        raise InputError(f"{path}: does not fit config.json: {why}") from None
+        raise InputError(f"{content_files(place)[-1]}: does not fit config.json: {why}") from None
     return model, tokenizer, meta
 
 
-def load_lm(folder):
+def read_checkpoint(folder):
+    """(Config, {name: fp32 tensor}, tokenizer, meta) of a checkpoint that `save` wrote."""
+    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    tokenizer = Tokenizer.load(folder)
+    meta = _read_meta(folder / "meta.json")
+    if not tokenizer.n_vocab <= config.vocab_size <= 1.1 * tokenizer.n_vocab + 64:
+        raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of "
+                         f"{config.vocab_size}: these two files are not of one model")
+    if meta.get("tokenizer") != tokenizer.key:
+        raise InputError(f"{folder}/tokenizer.json: not the tokenizer that this model was trained with")
+    return config, read_weights(folder), tokenizer, meta
+
+
+def load_lm(place):
     """As `load`, for a language model; InputError for a preference model."""
-    model, tokenizer, meta = load(folder)
+    model, tokenizer, meta = load(place)
     if meta["kind"] != "lm":
-        raise InputError(f"{folder}: a preference model, but a language model is needed here")
+        raise InputError(f"{place}: a preference model, but a language model is needed here")
     return model, tokenizer, meta
 
 
 def _read_meta(path):
-    try:
-        meta = json.loads(path.read_text())
-        meta["step"], meta["kind"]
-        return meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged ({type(error).__name__}: {error})") from None
+    meta = read_json(path)
+    if not {"step", "kind"} <= meta.keys():
+        raise InputError(f"{path}: damaged: it lacks step or kind")
+    return meta
 
 
 def load_train_state(folder):
@@ -153,15 +128,15 @@ def save(out, model, tokenizer, meta, train_state):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_file(partial / "config.json", json.dumps(hf_config(model.config, tokenizer.eot), indent=1))
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(partial)
+        write_file(partial / "config.json", json.dumps(make_config(model.config, tokenizer), indent=1))
+        write_weights(partial, model.state_dict())
+        tokenizer.save(partial, append_eoc=meta["kind"] == "pm" and meta.get("eoc", True))
         _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        meta = {**meta, "tokenizer": tokenizer.key, "versions": versions}
+        meta = {**meta, "tokenizer": tokenizer.key, "eoc_token_id": tokenizer.eoc, "versions": versions}
         write_file(partial / "meta.json", json.dumps(meta, indent=1))
         for path in partial.iterdir():
+            path.chmod(0o644)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(place, ignore_errors=True)
@@ -189,8 +164,10 @@ def finish(out):
     out = Path(out)
     newest = find(out)
     if newest == out:
+        shutil.rmtree(out / "removed", ignore_errors=True)  # of a run that was killed right here
         return
-    for name in FILES:
+    # meta.json is the last: a folder that has it is whole.
+    for name in sorted((path.name for path in newest.iterdir()), key=lambda name: (name == "meta.json", name)):
         link = out / f"{name}.new"
         link.unlink(missing_ok=True)
         try:

@@ -48,9 +48,9 @@ HELD_OUT = 0.01  # part of the documents that load_text keeps apart; nothing her
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--init", required=True, help="checkpoint folder of the language model to train")
-    add("--teacher",
-        help="checkpoint folder of another teacher with the same tokenizer (default: the initial model)")
+    add("--init", required=True,
+        help="language model to train: a checkpoint folder, a Hugging Face folder or a .gguf file")
+    add("--teacher", help="another teacher with the same tokenizer (default: the initial model)")
     add("--prompt", metavar="FILE",
         help="the prompt: a text file in the paper's format, or hhh, code, toy (default: toy for toy data, "
         "else hhh)")
@@ -259,9 +259,9 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
     """
     id_type = np.uint16 if teacher.config.vocab_size <= 2**16 else np.uint32
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
-    weights = [folder / "model.safetensors", folder / "config.json"]
+    files = checkpoint.content_files(folder)
     lengths = [len(x) for x in sequences]
-    key = content_key(weights, prompt, str(teacher.dtype), tokens, lengths, TOP, SHARD)
+    key = content_key(files, prompt, str(teacher.dtype), tokens, lengths, TOP, SHARD)
     shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
     first_shard = ranks.rank * len(shards) // ranks.world
     folders = {}

@@ -87,6 +87,16 @@ def eval_interval(args, n_steps):
     return math.ceil(n_steps / 10) if args.eval_every is None else args.eval_every
 
 
+def set_ctx(model, ctx):
+    """Make ctx the model's context, in tokens, and return it. Raises InputError if layers of the model look
+    back less far, as Mistral's do: here every layer sees the whole context."""
+    window = model.config.window
+    if window and ctx > window:
+        raise InputError(f"--ctx {ctx}: the model looks back {window} tokens; give a --ctx up to {window}")
+    model.config.ctx = ctx
+    return ctx
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Default learning rates
 

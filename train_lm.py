@@ -36,7 +36,9 @@ def parse_args():
     add("--data", nargs="+", default=["toy"],
         help='files or folders of text: {"text"} JSON lines or .txt, plain or compressed (.gz, .xz, .bz2, .zst); '
         "or toy (default: toy)")
-    add("--init", help="checkpoint folder to start from; it brings its size and tokenizer")
+    add("--init",
+        help="model to start from, which brings its size and tokenizer: a checkpoint folder, a Hugging Face "
+        "folder or a .gguf file of the Llama family")
     add("--size", choices=SIZES, default="0.8m",
         help="size of a fresh model, by its parameters without embeddings (default: %(default)s)")
     add("--tokenizer", default="bpe:2048",
@@ -62,7 +64,7 @@ def main():
     else:
         tokenizer, meta = get_tokenizer(args.tokenizer, files), None
         model = plan.fresh_model(args, tokenizer, args.ctx or 256, ranks.device)
-    ctx = model.config.ctx = args.ctx or model.config.ctx
+    ctx = plan.set_ctx(model, args.ctx or model.config.ctx)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)
     if len(held_out.tokens) < 2:

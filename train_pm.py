@@ -54,7 +54,9 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy (default: toy)")
-    add("--init", help="checkpoint folder to start from: a language model or a preference model")
+    add("--init",
+        help="model to start from: a checkpoint folder (language model or preference model), a Hugging Face "
+        "folder or a .gguf file of the Llama family")
     add("--size", choices=SIZES, default="0.8m",
         help="size of a fresh model, without --init (default: %(default)s)")
     add("--tokenizer", default="bytes",
@@ -206,7 +208,7 @@ def build_model(args, files, wants_head, device):
         return *earlier, True
     if args.init:
         model, tokenizer, meta = checkpoint.load(args.init, value_head=wants_head, seed=args.seed)
-        model.config.ctx = args.ctx or min(1024, model.config.ctx)
+        plan.set_ctx(model, args.ctx or min(1024, model.config.ctx))
         return model, tokenizer, meta, False
     text_for_bpe = toy.find_data(["toy"], "lm.jsonl") if args.data == ["toy"] else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)

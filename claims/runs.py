@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 from data.files import content_key, file_digest, write_file
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +101,7 @@ def content_of(path):
     if path.is_file():
         return file_digest(path).hex()
     if (path / "meta.json").is_file():
-        return content_key([path / name for name in ("config.json", "model.safetensors", "tokenizer.tiktoken")])
+        return content_key(checkpoint.content_files(path))
     return content_key(sorted(p for p in path.rglob("*") if p.is_file()))
 
 

@@ -150,6 +150,17 @@ def read_records(path, progress=None):
             yield number, parse_json(path, number, line)
 
 
+def read_json(path):
+    """The JSON object that a whole file holds. Raises InputError with the file if it is missing or damaged."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: missing or damaged ({type(error).__name__}: {str(error)[:100]})") from None
+
+
 def content_key(paths, *settings):
     """A short hash of the content of files and of `settings`, to name a cache by. The files' names and places
     do not matter."""

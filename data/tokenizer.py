@@ -1,11 +1,15 @@
-"""Tokenizers: bytes, GPT-2's, any .tiktoken file, or a BPE trained on given text. All of them encode by
-tiktoken."""
+"""Tokenizers: text to token ids and back. Ours are byte-level BPEs: single bytes, GPT-2's, that of a .tiktoken
+file, or one that is trained on given text. Those of pretrained models are used as they come, with <eoc> added.
+
+Each is the content of a tokenizer.json (data/tokenizer_json.py). tiktoken encodes if it gives the same ids as the
+`tokenizers` library, as it does for byte-level BPEs, and that library otherwise.
+"""
 import base64
 import binascii
 import collections
 import hashlib
+import json
 import os
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,46 +20,76 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from data.errors import InputError
-from data.files import build_once, content_key, write_file
+from data.files import build_once, content_key, read_json, write_file
 from data.text import EOC, EOT, find_special, read_texts, valid_unicode
+from data.tokenizer_json import (BYTE_OF, END_OF_TEXT, GPT2_SPLIT, added_tokens, from_ranks, tiktoken_form,
+                                 token_texts, with_eoc_behind)
 
-# GPT-2's split pattern in tiktoken's faster form: words, numbers, or signs with the space before them;
-# blanks.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# A long run of blanks with text after it, as the pattern sees blanks: \x1c to \x1f are none.
-BLANKS = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{1000,}+(?!<eot>|\Z)")
-FILE = "tokenizer.tiktoken"
+FILES = ("tokenizer.json", "tokenizer_config.json")
+OLD_FILE = "tokenizer.tiktoken"  # older checkpoints have it in place of these; it is read, and no longer written
 BPE_VERSION = 2  # raise it when the training below changes, so that older caches are not taken for its result
 BPE_BYTES = 256 * 2**20  # of text for BPE training at most: more takes time and hardly changes a merge
 LONGEST_WORD = 1024  # bytes: longer words are cut for BPE training, which takes the square of a word's length
 BATCH = 2**18  # characters that a thread encodes at once; handing over each short text would take longer
-ACCEPTED = '"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1048576), or a .tiktoken file'
+ACCEPTED = ('"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1048576), a .tiktoken file, or '
+            "a checkpoint's tokenizer.json")
+# Texts that two tokenizers encode differently if they split words in different ways.
+PROBES = ("It's we'll I'D 12 1234567 3.14 x2 a1b2", "  two \n\n three\t\t \r\n  end  ", "naïve 日本語 😀👩‍👧 e\u0301",
+          "((a)) --==>> f(x)+=1;//\n\tif", "\x00\x1c\x85\u3000\ufeff", " " * 40 + "x" + "\n" * 9, "½ ² ٣٤ Ⅷ 5")
 
 
 class Tokenizer:
-    """Byte-level BPE with two special tokens after the others.
+    """A BPE with two special tokens of ours.
 
-    n_vocab     ids that exist, including the specials
-    eot, eoc    n_vocab - 2, which ends a document, and n_vocab - 1, which ends a completion
-    vocab_size  n_vocab rounded up to a multiple of 64: rows of a model's table. No data has ids >= n_vocab
-    dtype       np.uint16 if vocab_size allows it, else np.uint32
-    key         short hash of the content, equal for equal tokenizers; it is part of the names of caches
+    n_vocab     ids that exist, the specials included: one more than the highest
+    eot, eoc    the token that ends a document, and the one that ends a completion
+    eos         the token that ends an answer: eot, or in models made for chat what ends a turn
+    vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table; ids >= n_vocab never occur in data
+    dtype       np.uint16 where vocab_size allows, else np.uint32
+    key         short hash of the content: equal for equal tokenizers, and part of the names of caches
     """
 
-    def __init__(self, tokens):
-        """`tokens`: the bytes of each token in the order of their ranks, including all 256 single bytes."""
-        self.n_vocab = len(tokens) + 2
-        self.eot, self.eoc = len(tokens), len(tokens) + 1
+    def __init__(self, spec, settings=None):
+        """spec: the content of a tokenizer.json in which <eoc> is a special token. settings: that of the
+        tokenizer_config.json beside it, if there is one. Raises ValueError for what is no BPE."""
+        self.spec, self.settings = spec, settings or {}
+        specials, texts = added_tokens(spec), token_texts(spec)
+        eos = self.settings.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        eot = next((name for name in END_OF_TEXT if name in specials), eos)
+        if eot not in specials:
+            raise ValueError("no end-of-text token is known")
+        self.eot, self.eoc, self.eos = specials[eot], specials[EOC], specials.get(eos, specials[eot])
+        self.n_vocab = max(texts) + 1
         self.vocab_size = -(-self.n_vocab // 64) * 64
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self.key = hashlib.sha256((PATTERN + _file_content(tokens)).encode()).hexdigest()[:16]
-        self._tokens = list(tokens)
-        self._shown = self._tokens + [EOT.encode(), EOC.encode()]
-        self._n_bytes = np.array([len(token) for token in tokens] + [0, 0])
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], self.dtype)
-        self._encoding = tiktoken.Encoding(self.key, pat_str=PATTERN, mergeable_ranks=ranks,
-                                           special_tokens={EOT: self.eot, EOC: self.eoc})
+        content = json.dumps({**spec, "post_processor": None}, sort_keys=True)
+        self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self._texts = [texts.get(i, "\ufffd".encode()) for i in range(self.n_vocab)]  # the bytes of each token
+        self._n_bytes = np.array([len(text) for text in self._texts])
+        self._n_bytes[list(specials.values())] = 0
+        self._library = None  # the `tokenizers` library's, made where it is needed
+        self._byte_ids = self._encoding = None
+        if form := tiktoken_form(spec):
+            self._use_tiktoken(*form)
+
+    def _use_tiktoken(self, pattern, ranks, ids):
+        """Encode by tiktoken, if that gives the same ids. ids: those of the ranks, -1 where the vocabulary has no
+        token for a byte, which is then left out."""
+        if len(ranks) == 256 and min(ids) >= 0:  # no merges: looking up is all there is to do
+            self._byte_ids = np.array([ids[ranks[bytes([byte])]] for byte in range(256)], self.dtype)
+            return
+        self._ids = np.array([*ids, self.eot])
+        try:
+            self._encoding = tiktoken.Encoding(self.key, pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens={EOT: len(ranks)})
+            texts = [*PROBES, *(text.decode("utf-8", "ignore") for text in self._texts)]
+            texts = [text for text in texts if not find_special(text)]
+            same = all(map(np.array_equal, self._encode_batch(texts), self._encode_by_library(texts)))
+        except ValueError:  # tiktoken cannot read the pattern
+            same = False
+        if not same:
+            self._encoding = None
 
     def encode(self, text):
         """The ids of a text, (n,) of self.dtype, without special tokens. Half surrogate pairs become
@@ -70,7 +104,7 @@ class Tokenizer:
         flat."""
         n_threads = min(os.cpu_count() or 1, 16)
         under_way = collections.deque()
-        with ThreadPoolExecutor(n_threads) as pool:  # tiktoken runs outside Python's global lock
+        with ThreadPoolExecutor(n_threads) as pool:  # the libraries run outside Python's global lock
             for batch in _batches(texts):
                 under_way.append(pool.submit(self._encode_batch, batch))
                 if len(under_way) > 2 * n_threads:
@@ -84,60 +118,94 @@ class Tokenizer:
         for text in texts:
             if special := find_special(text):
                 raise ValueError(f"the text holds {special}, a special token")
+        if self._encoding is None and self._byte_ids is None:
+            return self._encode_by_library(texts)
         joined = valid_unicode(EOT.join(texts))
-        if len(self._tokens) == 256:  # there are no merges, so each byte is a token
+        if self._byte_ids is not None:  # there are no merges, so each byte is a token
             return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)] for text in joined.split(EOT)]
         try:
             ids = self._tiktoken(joined)
         except ValueError:  # tiktoken gives up on a run of about a million blanks
-            ids = np.concatenate([self._tiktoken(part) for part in _cut_blanks(joined)])
+            return self._encode_by_library(texts)
         ends = np.flatnonzero(ids == self.eot)
         return [ids[start:end] for start, end in zip([0, *(ends + 1)], [*ends, len(ids)])]
 
     def _tiktoken(self, text):
-        ids = self._encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=())
-        return ids.astype(self.dtype)
+        ids = self._ids[self._encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=())]
+        return ids[ids >= 0].astype(self.dtype)
+
+    def _encode_by_library(self, texts):
+        if self._library is None:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+            self._library.encode_special_tokens = True  # in a text they are text
+        found = self._library.encode_batch_fast([valid_unicode(text) for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in found]
 
     def decode(self, ids):
-        """The text of ids. Specials are shown as <eot> and <eoc>; unknown ids and broken UTF-8 become
+        """The text of ids. Specials are shown by their names; unknown ids and broken UTF-8 become
         U+FFFD."""
         return b"".join(map(self.token_bytes, np.asarray(ids).tolist())).decode("utf-8", "replace")
 
     def token_bytes(self, token):
         """The bytes of one token; those of U+FFFD if there is no such id."""
-        return self._shown[token] if 0 <= token < self.n_vocab else "\ufffd".encode()
+        return self._texts[token] if 0 <= token < self.n_vocab else "\ufffd".encode()
 
     def count_bytes(self, ids):
         """UTF-8 bytes of the text of ids, without specials: what a loss in bits per byte divides by."""
         return int(self._n_bytes[ids].sum())
 
-    def save(self, folder):
-        """Write folder/tokenizer.tiktoken. Each line has a token's bytes in base64 and its rank; specials
-        have none.
+    def save(self, folder, append_eoc=False):
+        """Write tokenizer.json and tokenizer_config.json, from which transformers makes the same tokenizer.
+
+        append_eoc: there it shall set <eoc> behind each text, as a preference model needs it.
         """
-        write_file(Path(folder) / FILE, _file_content(self._tokens))
+        spec = with_eoc_behind(self.spec) if append_eoc else self.spec
+        name_of = {i: name for name, i in added_tokens(spec).items()}
+        settings = {"chat_template": self.settings.get("chat_template"), "clean_up_tokenization_spaces": False,
+                    "eos_token": name_of[self.eos], "pad_token": name_of[self.eot],
+                    "tokenizer_class": "PreTrainedTokenizerFast"}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        for file, content in zip(FILES, (spec, settings)):
+            write_file(Path(folder) / file, json.dumps(content, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer that `save` wrote. Raises InputError with file and line if it is damaged or
-        missing."""
-        return cls(_read_tokens(Path(folder) / FILE))
+        """The tokenizer that `save` wrote to `folder`. Raises InputError with the file if damaged or missing."""
+        folder = Path(folder)
+        if (folder / OLD_FILE).is_file() and not (folder / FILES[0]).is_file():
+            return cls.from_tiktoken(folder / OLD_FILE)
+        spec, settings = (read_json(folder / name) for name in FILES)
+        try:
+            return cls(spec, settings)
+        except Exception as error:  # the `tokenizers` library raises no other type
+            why = f"{type(error).__name__}: {str(error)[:100]}"
+            raise InputError(f"{folder / FILES[0]}: not a tokenizer of this project ({why})") from None
+
+    @classmethod
+    def from_tiktoken(cls, path):
+        """The byte-level BPE of a .tiktoken file: a token in base64 and its rank on each line."""
+        tokenizer = cls(from_ranks(_read_tokens(path)))
+        tokenizer.key = hashlib.sha256(GPT2_SPLIT.encode() + path.read_bytes()).hexdigest()[:16]
+        return tokenizer
 
 
 def get_tokenizer(name, text_files=()):
-    """The tokenizer with this name: "bytes", "gpt2", "PATH.tiktoken" or "bpe:N".
+    """The tokenizer with this name: "bytes", "gpt2", "PATH.tiktoken", "FOLDER/tokenizer.json" or
+    "bpe:N".
 
     "bpe:N" is trained on `text_files` (as read_texts takes them) on first use and cached by their content.
     N counts the two specials. Raises InputError for other names, and for what cannot be read.
     """
     if name == "bytes":
-        return Tokenizer([bytes([byte]) for byte in range(256)])
+        return Tokenizer(from_ranks([bytes([byte]) for byte in range(256)]))
     if name == "gpt2":
-        return Tokenizer(_gpt2_tokens())
+        return Tokenizer(from_ranks(_gpt2_tokens()))
     if name.startswith("bpe:"):
         return _trained(name, list(text_files))
     if name.endswith(".tiktoken"):
-        return Tokenizer(_read_tokens(Path(name)))
+        return Tokenizer.from_tiktoken(Path(name))
+    if name.endswith("tokenizer.json"):
+        return Tokenizer.load(Path(name).parent)
     raise InputError(f"unknown tokenizer {name!r}: give {ACCEPTED}")
 
 
@@ -152,17 +220,6 @@ def _batches(texts):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _cut_blanks(text):
-    """The text in parts that have the same tokens. PATTERN splits a run of blanks before its last one, so
-    it can be cut there."""
-    cuts = [run.end() - 1 for run in BLANKS.finditer(text)]
-    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
-
-
-def _file_content(tokens):
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
 
 
 def _read_tokens(path):
@@ -218,7 +275,7 @@ def _trained(name, files):
     def build(folder):
         print(f"{name}: training on {len(files)} files", flush=True)
         start, counts = time.perf_counter(), collections.Counter()
-        tokenizer = Tokenizer(_train(_training_texts(files, counts), n_vocab))
+        tokenizer = Tokenizer(from_ranks(_train(_training_texts(files, counts), n_vocab)))
         tokenizer.save(folder)
         notes = [f"trained on {counts['bytes'] / 1e6:.1f} MB of text in {time.perf_counter() - start:.0f} s"]
         if counts["cut"]:
@@ -257,7 +314,7 @@ def _train(texts, n_vocab):
     model.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=n_vocab - 2, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return [bytes(_BYTE_OF[char] for char in model.id_to_token(i)) for i in range(model.get_vocab_size())]
+    return [bytes(BYTE_OF[char] for char in model.id_to_token(i)) for i in range(model.get_vocab_size())]
 
 
 def word_splitter():
@@ -265,9 +322,3 @@ def word_splitter():
     LONGEST_WORD."""
     return pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False),
                                     pre_tokenizers.FixedLength(LONGEST_WORD)])
-
-
-# The `tokenizers` library writes a token as one visible character for each byte, by GPT-2's table.
-_VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
-_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}

@@ -64,7 +64,7 @@ class Subject:
 
 
 def add_model_flags(parser):
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--model", required=True, help="checkpoint folder, Hugging Face folder or .gguf file")
     parser.add_argument("--prompt", metavar="FILE", help=f"prompt to set before everything: a text file in the paper's format, or {', '.join(NAMES)} "
                         "(default: none)")
     parser.add_argument("--prompt_tokens", type=plan.positive(int), metavar="N", help="keep the prompt's preamble and the last conversations that fit in N tokens")
@@ -86,7 +86,7 @@ def load_subject(args, load=checkpoint.load):
     Raises InputError where the prompt leaves no room in the context.
     """
     model, tokenizer, meta, device = load_frozen(args, args.model, load)
-    ctx = model.config.ctx = getattr(args, "ctx", None) or model.config.ctx
+    ctx = plan.set_ctx(model, getattr(args, "ctx", None) or model.config.ctx)
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
     left = ctx - (prefix.prefix_tokens if prefix else 0)
     if getattr(args, "max_new", 0) > left // 2:

@@ -1,6 +1,5 @@
 """Bad input to the real scripts gives one line, which names the file, the line and the mend, and exit code
 2; nothing half-written stays."""
-import base64
 import bz2
 import gzip
 import json
@@ -17,6 +16,8 @@ from conftest import DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run
 
 import checkpoint
 from data.errors import InputError, run_main
+from data.tokenizer import Tokenizer
+from data.tokenizer_json import from_ranks
 
 COMPARISONS = "".join(json.dumps(r) + "\n" for r in make_comparisons(30)).encode()
 TEXTS = "".join(json.dumps(r) + "\n" for r in make_texts(30)).encode()
@@ -263,7 +264,10 @@ def refused_checkpoint(folder, comparisons_file, *names):
     assert not (folder.parent / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
+CHECKPOINT_FILES = sorted({*checkpoint.FILES} - {"train_state.pt"})
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_a_checkpoint_without_a_file(damaged, comparisons_file, name):
     (damaged / name).unlink()
     words = "no checkpoint in this folder" if name == "meta.json" else name
@@ -274,7 +278,7 @@ DAMAGE = {"cut": lambda content: content[:len(content) // 2], "empty": lambda co
           "junk": lambda content: JUNK}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.tiktoken", "meta.json"])
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_with_a_damaged_file(damaged, comparisons_file, name, damage):
     path = damaged / name
@@ -294,12 +298,13 @@ def change_config(folder, **changes):
     ({"num_hidden_layers": 1}, "does not fit config.json"),
     ({"hidden_size": 128, "intermediate_size": 320}, "does not fit config.json"),
     ({"vocab_size": 640}, "the tokenizer has a table of 320, the model of 640"),
-    ({"intermediate_size": 128}, "not a model of this project"),
-    ({"num_key_value_heads": 1}, "not a model of this project"),
+    ({"intermediate_size": 128}, "does not fit config.json"),
+    ({"num_key_value_heads": 1}, "does not fit config.json"),
+    ({"num_key_value_heads": 3}, "2 heads of width 32 do not go with 3 key heads"),
     ({"hidden_size": "wide"}, "not a config this project can read"),
     ({"num_hidden_layers": "two"}, "not a config this project can read"),
     ({"num_attention_heads": 0}, "not a config this project can read"),
-    ({"rope_theta": "remove"}, "not a config this project can read (KeyError: 'rope_theta')"),
+    ({"rms_norm_eps": "remove"}, "not a config this project can read (KeyError: 'rms_norm_eps')"),
 ], ids=lambda x: str(x)[:40] if isinstance(x, dict) else "")
 def test_a_checkpoint_of_another_shape(damaged, comparisons_file, changes, words):
     change_config(damaged, **changes)
@@ -316,13 +321,11 @@ def test_a_checkpoint_with_another_models_weights(damaged, lm, comparisons_file)
 
 
 def test_a_checkpoint_with_another_tokenizer(damaged, comparisons_file):
-    path = damaged / "tokenizer.tiktoken"
-    lines = path.read_text()
-    one_more = base64.b64encode(b"th").decode() + " 256\n"  # the table has room for it, so the sizes agree
-    path.write_text(lines + one_more)
-    refused_checkpoint(damaged, comparisons_file, path, "not the tokenizer that this model was trained with")
-    many_more = [f"{base64.b64encode(b'a%d' % i).decode()} {256 + i}\n" for i in range(400)]
-    path.write_text(lines + "".join(many_more))
+    tokens = [bytes([byte]) for byte in range(256)]
+    Tokenizer(from_ranks(tokens + [b"th"])).save(damaged)  # the table has room for it, so the sizes agree
+    refused_checkpoint(damaged, comparisons_file, damaged / "tokenizer.json",
+                       "not the tokenizer that this model was trained with")
+    Tokenizer(from_ranks(tokens + [b"a%d" % i for i in range(400)])).save(damaged)
     words = "the tokenizer has a table of 704, the model of 320"
     refused_checkpoint(damaged, comparisons_file, damaged, words)
 

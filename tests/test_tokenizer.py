@@ -14,6 +14,9 @@ from tokenizers import models, pre_tokenizers, trainers
 from data.errors import InputError
 from data.text import read_texts
 from data.tokenizer import LONGEST_WORD, Tokenizer, get_tokenizer, word_splitter
+from data.tokenizer_json import from_ranks
+
+BYTES = [bytes([byte]) for byte in range(256)]
 
 ODD = ["", " ", "Hello there, it's 12 o'clock.", "naïve café 😀👩‍👩‍👧 日本語 العربية",
        "tabs\tand\r\nline ends \n\n\n  x", "\x00\x1c\x85\u3000",
@@ -75,9 +78,9 @@ def test_the_sizes_of_the_two_kinds(text_file):
     assert get_tokenizer("bytes").encode("é").tolist() == list("é".encode())
     assert get_tokenizer("bpe:600", [text_file]).n_vocab == 600
     pairs = [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
-    wide = Tokenizer([bytes([byte]) for byte in range(256)] + pairs[:65277])
+    wide = Tokenizer(from_ranks(BYTES + pairs[:65277]))
     assert wide.n_vocab == 65535 and wide.dtype == np.uint16
-    assert Tokenizer([bytes([byte]) for byte in range(256)] + pairs[:65279]).dtype == np.uint32
+    assert Tokenizer(from_ranks(BYTES + pairs[:65279])).dtype == np.uint32
 
 
 @pytest.mark.parametrize("text", ["<eot>", "a<eoc>b", "<eo<eot>", "x<eot>y<eot>z"])
@@ -112,7 +115,7 @@ def test_encode_many_reads_little_ahead():
 def test_runs_of_blanks_beyond_the_pattern_s_stack():
     """tiktoken refuses a million blanks in a row. Before its last blank a run can be cut, as the pattern
     splits there too. \\x1c is no blank to the pattern, though it is one to Python."""
-    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"  ", b"\n\n", b" \x1c"])
+    tokenizer = Tokenizer(from_ranks(BYTES + [b"  ", b"\n\n", b" \x1c"]))
     for n in (3000, 10**6):
         parts = ["a" + "\n" * (n - 1), "\nb  c" + " " * (n - 1), " d" + " " * (n - 1), " \x1ce" + " " * 2001]
         expected = np.concatenate([tokenizer.encode(part) for part in parts])
@@ -123,20 +126,30 @@ def test_runs_of_blanks_beyond_the_pattern_s_stack():
 
 def test_a_long_run_of_letters_is_encoded():
     """A version of tiktoken that takes the square of a run's length would not come to an end here."""
-    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + [b"aa", b"aaaa"])
+    tokenizer = Tokenizer(from_ranks(BYTES + [b"aa", b"aaaa"]))
     assert tokenizer.encode("a" * 2_000_000).tolist() == [257] * 500_000
+
+
+def write_tiktoken(path, tokens):
+    """A .tiktoken file: a token in base64 and its rank on each line."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def test_saved_and_loaded_is_equal(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
-    loaded = Tokenizer.load(tmp_path / "run")
-    assert (loaded.key, loaded.n_vocab) == (tokenizer.key, tokenizer.n_vocab)
-    assert all(np.array_equal(loaded.encode(text), tokenizer.encode(text)) for text in ODD)
-    by_path = get_tokenizer(str(tmp_path / "run" / "tokenizer.tiktoken"))
-    assert by_path.key == tokenizer.key
-    lines = [line.split() for line in (tmp_path / "run" / "tokenizer.tiktoken").open()]
-    assert [int(rank) for _, rank in lines] == list(range(tokenizer.n_vocab - 2))
-    assert b"".join(base64.b64decode(lines[i][0]) for i in tokenizer.encode(ODD[4])) == ODD[4].encode()
+    for loaded in (Tokenizer.load(tmp_path / "run"), get_tokenizer(str(tmp_path / "run" / "tokenizer.json"))):
+        assert (loaded.key, loaded.n_vocab, loaded.eot, loaded.eoc) == (
+            tokenizer.key, tokenizer.n_vocab, tokenizer.eot, tokenizer.eoc)
+        assert all(np.array_equal(loaded.encode(text), tokenizer.encode(text)) for text in ODD)
+
+
+def test_the_file_that_older_checkpoints_have_gives_the_same_tokenizer(tokenizer, tmp_path):
+    write_tiktoken(tmp_path / "tokenizer.tiktoken", [tokenizer.token_bytes(i) for i in range(tokenizer.eot)])
+    old = Tokenizer.load(tmp_path)
+    assert (old.n_vocab, old.eot, old.eoc) == (tokenizer.n_vocab, tokenizer.eot, tokenizer.eoc)
+    assert all(np.array_equal(old.encode(text), tokenizer.encode(text)) for text in ODD)
+    assert get_tokenizer(str(tmp_path / "tokenizer.tiktoken")).key == old.key
 
 
 def test_keys_tell_tokenizers_apart(text_file):
@@ -154,18 +167,18 @@ def test_keys_tell_tokenizers_apart(text_file):
     (lambda lines: [], None),
 ])
 def test_a_damaged_file_is_named_with_its_line(text_file, tmp_path, damage, line):
-    get_tokenizer("bpe:300", [text_file]).save(tmp_path)
-    path = tmp_path / "tokenizer.tiktoken"
+    tokenizer, path = get_tokenizer("bpe:300", [text_file]), tmp_path / "own.tiktoken"
+    write_tiktoken(path, [tokenizer.token_bytes(i) for i in range(tokenizer.eot)])
     path.write_text("\n".join(damage(path.read_text().splitlines())))
     with pytest.raises(InputError) as error:
-        Tokenizer.load(tmp_path)
+        get_tokenizer(str(path))
     assert str(error.value).startswith(f"{path}:{line}:" if line else f"{path}:")
 
 
 def test_binary_junk_and_a_missing_file_are_input_errors(tmp_path):
     with pytest.raises(InputError, match="missing.tiktoken"):
         get_tokenizer(str(tmp_path / "missing.tiktoken"))
-    with pytest.raises(InputError, match="tokenizer.tiktoken"):
+    with pytest.raises(InputError, match="tokenizer.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "junk.tiktoken").write_bytes(np.random.default_rng(0).bytes(10_000))
     with pytest.raises(InputError, match="junk.tiktoken:1:"):
