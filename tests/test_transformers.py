@@ -1,57 +1,143 @@
-"""A checkpoint is a Hugging Face model folder: transformers loads it and computes the same. Skipped where transformers is absent."""
+"""Every checkpoint is a Hugging Face folder: transformers loads its tokenizer and its model, in the architecture
+that the run began with, and computes the same. Skipped where transformers is absent."""
+import json
+import stat
+
 import pytest
 import torch
+from conftest import alone
+from test_pretrained import FAMILY, make_theirs, write_folder
 
 import checkpoint
+import hf_folder
 from data.tokenizer import get_tokenizer
 from model import GPT, Config
 
 transformers = pytest.importorskip("transformers")
 
+TEXTS = ["", "It's 12 o'clock.", "  naïve café 😀\n\n\tx  ", "\n\nHuman: Who are you?\n\nAssistant: I'm 1,234 years old."]
 
-def saved(tmp_path, *, value_head, tied):
-    """(model, folder) of a run that was saved once and finished; the norms' weights are random too."""
+
+def written(out, model, tokenizer, kind):
+    """The folder of a run that was saved once and finished."""
+    meta = {"kind": kind, "step": 1, "n_steps": 1}
+    checkpoint.save(out, model, tokenizer, meta, {"optimizer": {}, "step": 1})
+    checkpoint.finish(out)
+    return out
+
+
+def our_model(tied, value_head):
+    """A model of this project with settings that are not transformers' defaults; its norms are random too."""
     tokenizer = get_tokenizer("bytes")
-    config = Config(n_layer=3, d_model=96, n_head=3, vocab_size=tokenizer.vocab_size, ctx=64, tied=tied, value_head=value_head,
-                    rope_theta=5000.0, norm_eps=1e-3)  # not transformers' defaults
+    config = Config(n_layer=3, d_model=96, n_head=3, vocab_size=tokenizer.vocab_size, ctx=64, tied=tied,
+                    value_head=value_head, rope_theta=5000.0, norm_eps=1e-3)
     model = GPT(config).init_weights(seed=1)
     generator = torch.Generator().manual_seed(2)
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    meta = {"kind": "pm" if value_head else "lm", "step": 1, "n_steps": 1}
-    checkpoint.save(tmp_path / "run", model, tokenizer, meta, {"optimizer": {}, "step": 1})
-    checkpoint.finish(tmp_path / "run")
-    return model, tmp_path / "run"
+    return model, tokenizer
+
+
+@pytest.fixture(params=["tied", "untied", *FAMILY])
+def start(request, tmp_path):
+    """A function: True for a preference model -> (a model, its tokenizer), ours or one of somebody else's."""
+    if request.param in FAMILY:
+        folder = write_folder(make_theirs(request.param), tmp_path / "theirs")
+        return lambda value_head: checkpoint.load(folder, value_head)[:2]
+    return lambda value_head: our_model(request.param == "tied", value_head)
 
 
 def load(kind, folder, may_ignore=()):
-    """The model as transformers loads it, with nothing missing or drawn anew, and nothing left over but `may_ignore`."""
+    """The model as transformers loads it, with nothing missing, drawn anew or left over but `may_ignore`."""
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     info["unexpected_keys"] -= set(may_ignore)
     assert not any(info.values()), f"transformers reports {info}"
     return model.eval()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_language_model_gives_the_same_logits(tmp_path, tied):
-    model, folder = saved(tmp_path, value_head=False, tied=tied)
-    tokens = torch.randint(model.config.vocab_size, (4, model.config.ctx), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        theirs = load(transformers.LlamaForCausalLM, folder)(tokens).logits
-        torch.testing.assert_close(model.logits(model(tokens)), theirs, rtol=1e-5, atol=1e-5)
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1, theirs.abs().max()))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_preference_model_gives_the_same_rewards(tmp_path, tied):
-    model, folder = saved(tmp_path, value_head=True, tied=tied)
-    eot = checkpoint.load(folder)[1].eot
-    lengths = torch.tensor([64, 40, 7, 1])
-    tokens = torch.randint(eot, (4, 64), generator=torch.Generator().manual_seed(4))
-    padding = torch.arange(64) >= lengths[:, None]
-    tokens[padding] = eot  # transformers reads the reward at the last token that is not the padding token
+@torch.no_grad()
+def test_a_language_model_gives_the_same_logits(tmp_path, start):
+    model, tokenizer = start(False)
+    folder = written(tmp_path / "run", model, tokenizer, "lm")
+    theirs = load(transformers.AutoModelForCausalLM, folder)
+    assert theirs.config.model_type == model.config.family
+    tokens = torch.randint(tokenizer.n_vocab, (4, 60), generator=torch.Generator().manual_seed(3))
+    same(model.logits(model(tokens)), theirs(tokens).logits)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert words(text).input_ids == tokenizer.encode(text).tolist() and words.decode(words(text).input_ids) == text
+    assert (words.eos_token_id, words.pad_token_id) == (tokenizer.eos, tokenizer.eot)
+
+
+def rewards_by_transformers(folder, context, completions):
+    """What the README shows."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    batch = tokenizer([context or tokenizer.pad_token] * len(completions), completions,
+                      padding=True, return_tensors="pt")  # sets <eoc> behind each pair of texts
     with torch.no_grad():
-        # An untied PM keeps its output layer for --lm_weight; transformers' classifier has no place for one.
-        judge = load(transformers.LlamaForSequenceClassification, folder, may_ignore=() if tied else ["lm_head.weight"])
-        theirs = judge(tokens, attention_mask=(~padding).long()).logits
-        ours = model.rewards(model(tokens)[torch.arange(4), lengths - 1])
-    torch.testing.assert_close(ours, theirs.squeeze(-1), rtol=1e-5, atol=1e-5)
+        return model(**batch).logits.squeeze(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", TEXTS)
+def test_a_preference_model_gives_the_same_rewards(tmp_path, context):
+    """The ten lines of the README, with texts as they come."""
+    model, tokenizer = our_model(tied=True, value_head=True)
+    model.config.ctx = 128
+    folder = written(tmp_path / "run", model, tokenizer, "pm")
+    ours = [alone(model, tokenizer, context, text)[0] for text in TEXTS]
+    same(torch.tensor(ours), rewards_by_transformers(folder, context, TEXTS))
+
+
+@torch.no_grad()
+def test_a_preference_model_of_any_family_gives_the_same_rewards(tmp_path, start):
+    model, tokenizer = start(True)
+    folder = written(tmp_path / "run", model, tokenizer, "pm")
+    # An untied PM keeps its output layer for --lm_weight; transformers' classifier has no place for one.
+    judge = load(transformers.AutoModelForSequenceClassification, folder, ["lm_head.weight"])
+    assert judge.config.model_type == model.config.family
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = words(["ab", "a"], ["1", "cdefg"], padding=True, return_tensors="pt")
+    ours = model(batch.input_ids)[torch.arange(2), batch.attention_mask.sum(1) - 1]
+    assert (batch.input_ids == tokenizer.eoc).sum(1).tolist() == [1, 1]
+    same(model.rewards(ours), judge(**batch).logits.squeeze(-1))
+    assert words("ab").input_ids[-1] == tokenizer.eoc  # a single text gets its <eoc> too
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", "Qwen2", "Mistral"])
+def test_weights_that_were_not_trained_come_back_bit_for_bit(tmp_path, name):
+    theirs = make_theirs(name)
+    folder = write_folder(theirs, tmp_path / "theirs")
+    model, tokenizer, _ = checkpoint.load(folder)
+    back = load(transformers.AutoModelForCausalLM, written(tmp_path / "run", model, tokenizer, "lm")).state_dict()
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(back[name][:len(weight)], weight), name
+    again = checkpoint.load(tmp_path / "run")[0]
+    assert vars(again.config) == vars(model.config)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_a_large_model_is_written_in_shards_that_all_can_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 200_000)
+    model, tokenizer = our_model(tied=False, value_head=False)
+    folder = written(tmp_path / "run", model, tokenizer, "lm")
+    shards = sorted(path.name for path in folder.glob("model*"))
+    assert len(shards) > 3 and shards[-1] == "model.safetensors.index.json"
+    assert shards[0] == f"model-00001-of-{len(shards) - 1:05}.safetensors"
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in folder.iterdir())
+    load(transformers.AutoModelForCausalLM, folder)
+    again = checkpoint.load(folder)[0]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_the_ids_of_special_tokens_stand_in_the_files(tmp_path):
+    model, tokenizer = our_model(tied=True, value_head=True)
+    folder = written(tmp_path / "run", model, tokenizer, "pm")
+    assert json.loads((folder / "config.json").read_text())["eoc_token_id"] == tokenizer.eoc == 257
+    assert json.loads((folder / "meta.json").read_text())["eoc_token_id"] == 257
