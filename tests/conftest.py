@@ -1,7 +1,7 @@
-"""What the tests share: a cache folder of their own, small data sets, tiny trained models, and `run`, which runs a script.
+"""What the tests share: a cache folder of their own, small data, tiny models, and `run`, which runs a script.
 
-A script runs in a process of its own, as from the command line, but forked from one that has imported torch already: a
-tenth of a second instead of three.
+A script runs in a process of its own, as from the command line. The process is forked from one that has
+imported torch already, which takes a tenth of a second; starting Python anew takes three.
 """
 import argparse
 import json
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,18 +21,26 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.comparisons import parse
+from data.comparisons import load_comparisons, parse
 from data.sources.count import Count
+from data.tokenizer import get_tokenizer
+from model import GPT, Config
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"  # published data sets, where there are any; tests that need them are skipped elsewhere
+DATA = ROOT.parent / "shared" / "data"  # published data sets; tests that need one are skipped without it
+BYTES = get_tokenizer("bytes")
+
+# ------------------------------------------------------------------------------------------------------------
+# Running scripts
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
-                                  "train_lm", "train_pm", "distill", "evaluate", "chat"])
+processes.set_forkserver_preload([
+    "torch", "torch._dynamo", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
+    "train_lm", "train_pm", "distill", "evaluate", "chat"])
 
 
 def _script(name, flags, env, folder, before):
+    """What the process of a script does. Its output goes into two files in `folder`."""
     os.environ.update(env)
     os.chdir(ROOT)
     for number, stream in ((1, "stdout"), (2, "stderr")):
@@ -45,7 +54,11 @@ def _script(name, flags, env, folder, before):
 
 
 class Running:
-    """A script under way. `before`: a function of a test module, called in the script's process before it starts."""
+    """A script under way.
+
+    before: a function of a test module, which is called in the script's process before the script starts.
+    env: variables of its environment.
+    """
 
     def __init__(self, name, *flags, before=None, **env):
         self.args = [name, *map(str, flags)]
@@ -59,36 +72,68 @@ class Running:
         return path.read_text() if path.exists() else ""
 
     def wait_for(self, text, seconds=60):
-        """Until `text` stands in the output."""
+        """Wait until `text` stands in the output."""
         end = time.time() + seconds
         while text not in self.output():
-            assert self.process.is_alive() and time.time() < end, f"{text!r} is not in: {self.output()} {self.output('stderr')}"
+            if not self.process.is_alive() or time.time() > end:
+                pytest.fail(f"{text!r} is not in: {self.output()} {self.output('stderr')}")
             time.sleep(0.002)
 
     def result(self, seconds=120):
+        """Wait for its end. Returns a CompletedProcess with args, returncode, stdout and stderr."""
         self.process.join(seconds)
         if self.process.is_alive():
             self.process.kill()
-            pytest.fail(f"{' '.join(self.args)} has not ended in {seconds} s: {self.output()} {self.output('stderr')}")
-        return subprocess.CompletedProcess(self.args, self.process.exitcode, self.output(), self.output("stderr"))
+            pytest.fail(f"{' '.join(self.args)} has not ended in {seconds} s: "
+                        f"{self.output()} {self.output('stderr')}")
+        return subprocess.CompletedProcess(
+            self.args, self.process.exitcode, self.output(), self.output("stderr"))
 
 
-def run(name, *flags, before=None, **env):
-    """Run a script to its end: a CompletedProcess with args, returncode, stdout and stderr. Settings: see Running."""
-    return Running(name, *flags, before=before, **env).result()
+def run(name, *flags, **settings):
+    """Run a script to its end. Settings are those of Running; returns a CompletedProcess."""
+    return Running(name, *flags, **settings).result()
 
 
 def run_well(name, *flags, **settings):
-    """`run` that must succeed; returns what it printed."""
+    """Run a script that must succeed. Returns what it printed."""
     done = run(name, *flags, **settings)
     assert done.returncode == 0, done
     return done.stdout
 
 
+def run_refused(name, *flags, exit_code=2, **settings):
+    """Run a script that must end with one line on stderr and this exit code. Returns the line."""
+    done = run(name, *flags, **settings)
+    assert done.returncode == exit_code and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
+def run_ranks(name, *flags, n=2):
+    """Run n processes that train together, as torchrun does. Returns what the first one printed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    ranks = [Running(name, *flags, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                     LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n)]
+    done = [rank.result() for rank in ranks]
+    assert [d.returncode for d in done] == [0] * n, done
+    return done[0].stdout
+
+
 def evaluate(benchmark, *flags):
-    """(figures, all that was printed) of evaluate.py in fp32; the figures stand in the last line, without NaN."""
+    """(figures, all that was printed) of evaluate.py in fp32. The last line has the figures, without NaN."""
     printed = run_well("evaluate.py", benchmark, *flags, "--dtype", "fp32")
     return json.loads(printed.splitlines()[-1], parse_constant=pytest.fail), printed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def read_jsonl(path):
@@ -96,18 +141,62 @@ def read_jsonl(path):
 
 
 def metrics(out, drop=("seconds",)):
-    """The records of a run's metrics.jsonl, without the clock's."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]
+    """The records of a run's metrics.jsonl, without what the clock decides."""
+    return [{name: value for name, value in record.items() if name not in drop}
+            for record in read_jsonl(Path(out) / "metrics.jsonl")]
 
 
 def losses(out):
+    """A run's training loss at each step."""
     return [record["loss"] for record in metrics(out) if "loss" in record]
 
 
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def read_meta(out):
+    """What a checkpoint remembers of its run."""
+    return json.loads((Path(out) / "meta.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Small data, the same every time
+
+SUBJECTS = ("the cat", "a dog", "my friend", "the miller", "an owl")
+VERBS = ("sleeps", "waits", "sings")
+PLACES = ("at home", "by the river", "up there")
+
+
+def sentence(rng):
+    return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(PLACES)}."
+
+
+def make_texts(n=150, seed=0):
+    rng = random.Random(seed)
+    return [{"text": " ".join(sentence(rng) for _ in range(rng.randint(2, 12)))} for _ in range(n)]
+
+
+def make_comparisons(n=60, seed=0):
+    """Yield comparisons of 2 to 4 completions. The better one has more of what was asked for. A group has
+    about two comparisons."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        subject = rng.choice(SUBJECTS)
+        completions = []
+        for n_good in rng.sample(range(4), rng.randint(2, 4)):
+            good = [f"{subject} {rng.choice(VERBS)}"] * n_good
+            other = [sentence(rng)] * (3 - n_good)
+            completions.append(" " + " ".join(good + other))
+        yield {"context": f"{sentence(rng)} Now tell of {subject}:", "completions": completions,
+               "scores": [text.count(subject) for text in completions],
+               "group": f"group {rng.randrange(n // 2)}"}
+
+
+def rankable_comparisons(n):
+    """n comparisons that have something to rank."""
+    return [record for record in make_comparisons() if len(set(record["scores"])) > 1][:n]
+
+
+def load(folder, records, name="file.jsonl"):
+    """Comparisons in bytes, written to a file in `folder` and read from there."""
+    return load_comparisons([write_jsonl(folder / name, records)], BYTES, quiet=True)
 
 
 def convert(source, paths, *flags, max_bad=0.0):
@@ -124,45 +213,40 @@ def convert(source, paths, *flags, max_bad=0.0):
     return found, count
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Models and what they compute
+
+
+def make_model(plain=False, **changes):
+    """A tiny model in fp64. Its norms are not 1 and its weights are larger than fresh ones, so that nothing
+    is equal just because it is near zero.
+
+    plain: compute attention by its definition. changes: fields of the Config that are to differ.
+    """
+    fields = {"n_layer": 2, "d_model": 32, "n_head": 2, "vocab_size": 101, "ctx": 2048, **changes}
+    model = GPT(Config(**fields)).init_weights(seed=1).double()
+    model.dtype, model.plain = torch.float64, plain
+    with torch.no_grad():
+        for p in model.parameters():
+            generator = torch.Generator().manual_seed(p.numel())
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
 def alone(model, tokenizer, context, completion):
-    """(reward or None, log-probs of the completion's tokens and its <eoc>) by a forward of this one sequence."""
+    """(reward or None, log-probs of the completion's tokens and its <eoc>), by a forward pass of this one
+    sequence."""
     before = tokenizer.encode(context) if context else [tokenizer.eot]
-    ids = torch.from_numpy(np.concatenate([before, tokenizer.encode(completion), [tokenizer.eoc]]).astype(np.int64))
+    ids = np.concatenate([before, tokenizer.encode(completion), [tokenizer.eoc]])
+    ids = torch.from_numpy(ids.astype(np.int64))
     hidden = model(ids[None])[0]
-    log_p = model.logits(hidden)[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)[len(before) - 1:]
-    return model.rewards(hidden[-1]).item() if model.config.value_head else None, log_p.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small data, the same every time
-
-
-SUBJECTS = ("the cat", "a dog", "my friend", "the miller", "an owl")
-VERBS, PLACES = ("sleeps", "waits", "sings"), ("at home", "by the river", "up there")
-
-
-def sentence(rng):
-    return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(PLACES)}."
-
-
-def make_texts(n=150, seed=0):
-    rng = random.Random(seed)
-    return [{"text": " ".join(sentence(rng) for _ in range(rng.randint(2, 12)))} for _ in range(n)]
-
-
-def make_comparisons(n=60, seed=0):
-    """2 to 4 completions a comparison; the better has more of what was asked for. A group has about two comparisons."""
-    rng = random.Random(seed)
-    for _ in range(n):
-        subject = rng.choice(SUBJECTS)
-        completions = [" " + " ".join([f"{subject} {rng.choice(VERBS)}"] * good + [sentence(rng)] * (3 - good))
-                       for good in rng.sample(range(4), rng.randint(2, 4))]
-        yield {"context": f"{sentence(rng)} Now tell of {subject}:", "completions": completions,
-               "scores": [c.count(subject) for c in completions], "group": f"group {rng.randrange(n // 2)}"}
+    log_p = model.logits(hidden)[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+    reward = model.rewards(hidden[-1]).item() if model.config.value_head else None
+    return reward, log_p[len(before) - 1:].tolist()
 
 
 class Operators(TorchDispatchMode):
-    """Collects the names of all operators that torch carries out, and the types of what they make."""
+    """Collects the names of all operators that torch carries out, and of those that make 64-bit floats."""
 
     # On a GPU each of these makes the program wait for the device.
     WAITING = {"boolean index", "aten.nonzero.default", "aten._local_scalar_dense.default",
@@ -185,9 +269,20 @@ class Operators(TorchDispatchMode):
         return out
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Fixtures: each is made once for all tests
+
+LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10,
+            "--held_out", 0.1, "--dtype", "fp32")
+PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003)
+# For runs that are equal to rounding only: Adam makes much of rounding, more so the larger its steps.
+GENTLE_LM = (*LM_FLAGS, "--lr", 3e-4, "--steps", 5)
+GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
-    """Caches of this session lie in a temporary folder; a test may set another."""
+    """Caches lie in a temporary folder. A test may set another."""
     os.environ["HHH_LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -199,11 +294,6 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def comparisons_file(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("comparisons") / "comparisons.jsonl", make_comparisons())
-
-
-LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10, "--held_out", 0.1,
-            "--dtype", "fp32")
-PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003)
 
 
 @pytest.fixture(scope="session")

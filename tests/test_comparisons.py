@@ -7,13 +7,11 @@ import random
 
 import numpy as np
 import pytest
-from conftest import DATA, make_comparisons, write_jsonl
+from conftest import BYTES, DATA, load, make_comparisons, write_jsonl
 
 from data.comparisons import load_comparisons, parse, split_dialogues
 from data.errors import InputError
 from data.tokenizer import get_tokenizer
-
-BYTES = get_tokenizer("bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -22,30 +20,40 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def load(tmp_path, records, name="file.jsonl"):
-    return load_comparisons([write_jsonl(tmp_path / name, records)], BYTES, quiet=True)
-
-
 def texts(data, i):
     """(context, completions, scores) of comparison i, as text again."""
     context, *completions = (BYTES.decode(ids) for ids in data.segments(i))
     return context, completions, data.scores(i).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def all_texts(data):
+    return [texts(data, i) for i in range(len(data))]
+
+
+def dialogue(*turns):
+    """A dialogue in HH-RLHF's form, from its turns: human, assistant, human, …"""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}:{turn}" for i, turn in enumerate(turns))
+
+
+ASKED = dialogue(" Q", "")  # up to where the assistant's first turn begins
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
 def test_the_three_forms():
-    assert parse({"context": "C", "completions": ["a", "b"], "scores": [2, -0.5], "group": "g"}, "f:1") == (
-        "C", ["a", "b"], [2, -0.5], "g")
-    assert parse({"prompt": "P", "chosen": " a", "rejected": " b", "model": "m"}, "f:1") == ("P", [" a", " b"], [1, 0], "P")
-    assert parse({"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}, "f:1") == (
-        "\n\nHuman: Q\n\nAssistant:", [" a", " b"], [1, 0], "\n\nHuman: Q\n\nAssistant:")
+    record = {"context": "C", "completions": ["a", "b"], "scores": [2, -0.5], "group": "g"}
+    assert parse(record, "f:1") == ("C", ["a", "b"], [2, -0.5], "g")
+    record = {"prompt": "P", "chosen": " a", "rejected": " b", "model": "m"}
+    assert parse(record, "f:1") == ("P", [" a", " b"], [1, 0], "P")
+    record = {"chosen": dialogue(" Q", " a"), "rejected": dialogue(" Q", " b")}
+    assert parse(record, "f:1") == (ASKED, [" a", " b"], [1, 0], ASKED)
 
 
 def test_a_group_may_be_a_number_or_left_out():
-    group = lambda **more: parse({"context": "C", "completions": ["a"], "scores": [1], **more}, "f:1")[3]
+    def group(**more):
+        return parse({"context": "C", "completions": ["a"], "scores": [1], **more}, "f:1")[3]
     assert group(group=7) == group(group=7) != group(group=8)
     assert group() == group(group=None) == group(group="C")
 
@@ -58,49 +66,55 @@ def test_without_context_and_group_a_comparison_is_a_group_by_itself(tmp_path):
     assert 20 < data.held_out(0.25).sum() < 80
 
 
-@pytest.mark.parametrize("turns, chosen, rejected, expected", [
-    ("the last turn", "\n\nHuman: Q\n\nAssistant: yes", "\n\nHuman: Q\n\nAssistant: no", ("\n\nHuman: Q\n\nAssistant:", " yes", " no")),
-    ("after equal words", "\n\nHuman: Q\n\nAssistant: I do", "\n\nHuman: Q\n\nAssistant: I don't",
-     ("\n\nHuman: Q\n\nAssistant:", " I do", " I don't")),
-    ("an empty answer", "\n\nHuman: Q\n\nAssistant: yes", "\n\nHuman: Q\n\nAssistant:", ("\n\nHuman: Q\n\nAssistant:", " yes", "")),
-    ("equal", "\n\nHuman: Q\n\nAssistant: a", "\n\nHuman: Q\n\nAssistant: a", ("\n\nHuman: Q\n\nAssistant:", " a", " a")),
-    ("parting at an earlier turn", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b", "\n\nHuman: Q\n\nAssistant: c\n\nHuman: S\n\nAssistant: d",
-     ("\n\nHuman: Q\n\nAssistant:", " a\n\nHuman: R\n\nAssistant: b", " c\n\nHuman: S\n\nAssistant: d")),
-    ("parting in a human's turn", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: S\n\nAssistant: b",
-     ("\n\nHuman: Q\n\nAssistant:", " a\n\nHuman: R\n\nAssistant: b", " a\n\nHuman: S\n\nAssistant: b")),
-    ("one a prefix of the other", "\n\nHuman: Q\n\nAssistant: a", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b",
-     ("\n\nHuman: Q\n\nAssistant:", " a", " a\n\nHuman: R\n\nAssistant: b")),
-    ("a later turn empty in one", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant:", "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b",
-     ("\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant:", "", " b")),
-    ("no turns", "one text", "one more", ("", "one text", "one more")),
-    ("empty", "", "a", ("", "", "a")),
-], ids=lambda x: x if isinstance(x, str) and "\n" not in x else "")
-def test_two_dialogues_are_split_at_the_last_turn_both_share(turns, chosen, rejected, expected):
+DIALOGUES = {  # two dialogues, their shared context and what follows it in each
+    "the last turn": (dialogue(" Q", " yes"), dialogue(" Q", " no"), (ASKED, " yes", " no")),
+    "after equal words": (dialogue(" Q", " I do"), dialogue(" Q", " I don't"), (ASKED, " I do", " I don't")),
+    "an empty answer": (dialogue(" Q", " yes"), ASKED, (ASKED, " yes", "")),
+    "equal": (dialogue(" Q", " a"), dialogue(" Q", " a"), (ASKED, " a", " a")),
+    "parting at an earlier turn": (
+        dialogue(" Q", " a", " R", " b"), dialogue(" Q", " c", " S", " d"),
+        (ASKED, " a" + dialogue(" R", " b"), " c" + dialogue(" S", " d"))),
+    "parting in a human's turn": (
+        dialogue(" Q", " a", " R", " b"), dialogue(" Q", " a", " S", " b"),
+        (ASKED, " a" + dialogue(" R", " b"), " a" + dialogue(" S", " b"))),
+    "one a prefix of the other": (
+        dialogue(" Q", " a"), dialogue(" Q", " a", " R", " b"), (ASKED, " a", " a" + dialogue(" R", " b"))),
+    "a later turn empty in one": (
+        dialogue(" Q", " a", " R", ""), dialogue(" Q", " a", " R", " b"),
+        (dialogue(" Q", " a", " R", ""), "", " b")),
+    "no turns": ("one text", "one more", ("", "one text", "one more")),
+    "empty": ("", "a", ("", "", "a")),
+}
+
+
+@pytest.mark.parametrize("chosen, rejected, expected", DIALOGUES.values(), ids=DIALOGUES)
+def test_two_dialogues_are_split_at_the_last_turn_both_share(chosen, rejected, expected):
     context, first, second = split_dialogues(chosen, rejected)
     assert (context, first, second) == expected
     assert (context + first, context + second) == (chosen, rejected)
 
 
-@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
-def test_every_compression_reads_the_same(tmp_path, suffix, pack):
-    records = list(make_comparisons(20))
-    path = tmp_path / f"file.jsonl{suffix}"
-    path.write_bytes(pack("\n".join(json.dumps(r) for r in records).encode()))
+@pytest.mark.parametrize("suffix, compress", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress),
+                                              (".bz2", bz2.compress)])
+def test_every_compression_reads_the_same(tmp_path, suffix, compress):
+    records, path = list(make_comparisons(20)), tmp_path / f"file.jsonl{suffix}"
+    path.write_bytes(compress("\n".join(json.dumps(record) for record in records).encode()))
     data = load_comparisons([path], BYTES, quiet=True)
-    assert [texts(data, i) for i in range(len(data))] == [(r["context"], r["completions"], r["scores"]) for r in records]
+    assert all_texts(data) == [(r["context"], r["completions"], r["scores"]) for r in records]
     assert data.where(6) == f"{path}:7"
 
 
 def test_files_of_several_forms_are_one_data_set(tmp_path):
-    a = write_jsonl(tmp_path / "a.jsonl", [{"context": "C ✓", "completions": ["x", "", "z"], "scores": [0.5, -1, 3]}])
-    b = tmp_path / "b.jsonl"
-    b.write_text('\n{"chosen": "\\n\\nHuman: Q\\n\\nAssistant: y", "rejected": "\\n\\nHuman: Q\\n\\nAssistant: n"}\n\n'
-                 '{"prompt": "", "chosen": "1", "rejected": "2"}')
+    several = {"context": "C ✓", "completions": ["x", "", "z"], "scores": [0.5, -1, 3]}
+    dialogues = {"chosen": dialogue(" Q", " y"), "rejected": dialogue(" Q", " n")}
+    pair = {"prompt": "", "chosen": "1", "rejected": "2"}
+    a, b = write_jsonl(tmp_path / "a.jsonl", [several]), tmp_path / "b.jsonl"
+    b.write_text(f"\n{json.dumps(dialogues)}\n\n{json.dumps(pair)}")  # empty lines, and no last line end
     data = load_comparisons([a, b], BYTES, quiet=True)
-    assert [texts(data, i) for i in range(3)] == [
-        ("C ✓", ["x", "", "z"], [0.5, -1, 3]), ("\n\nHuman: Q\n\nAssistant:", [" y", " n"], [1, 0]), ("", ["1", "2"], [1, 0])]
+    assert all_texts(data) == [
+        ("C ✓", ["x", "", "z"], [0.5, -1, 3]), (ASKED, [" y", " n"], [1, 0]), ("", ["1", "2"], [1, 0])]
     assert [data.where(i) for i in range(3)] == [f"{a}:1", f"{b}:2", f"{b}:4"]
-    assert [data.lengths(i).tolist() for i in range(3)] == [[5, 1, 0, 1], [len("\n\nHuman: Q\n\nAssistant:"), 2, 2], [0, 1, 1]]
+    assert [data.lengths(i).tolist() for i in range(3)] == [[5, 1, 0, 1], [len(ASKED), 2, 2], [0, 1, 1]]
     assert data.chars[:4].tolist() == [3, 1, 0, 1]  # characters, not bytes
     assert data.differ().tolist() == [True] * 3
 
@@ -109,52 +123,53 @@ def test_empty_equal_and_repeated_are_counted_printed_and_kept(tmp_path, capsys)
     path = write_jsonl(tmp_path / "file.jsonl", [
         {"context": "A", "completions": ["x", "y"], "scores": [1, 0]},
         {"context": "A", "completions": ["x", "y"], "scores": [1, 0]},
-        {"context": "A", "completions": ["x", "y"], "scores": [0, 1]},  # the same texts, ranked otherwise: not repeated
+        {"context": "A", "completions": ["x", "y"], "scores": [0, 1]},  # ranked otherwise: not repeated
         {"context": "B", "completions": ["", "", "z"], "scores": [1, 0, 0]},
         {"context": "D", "completions": [" ", " \n"], "scores": [1, 0]},
         {"context": "C", "completions": ["same", "same"], "scores": [1, 1]},
         {"context": "A", "completions": ["x", "y"], "scores": [1, 0], "group": "other"}])
     data = load_comparisons([path], BYTES)
-    assert data.counts == {"comparisons": 7, "completions": 15, "groups": 5, "empty": 4, "identical": 2, "duplicate": 2}
-    out = capsys.readouterr().out
-    for words in ("7 comparisons", "15 completions", "5 groups", "4 empty completions", "2 comparisons with equal completions",
-                  "2 repeated comparisons"):
-        assert words in out
+    assert data.counts == {"comparisons": 7, "completions": 15, "groups": 5,
+                           "empty": 4, "identical": 2, "duplicate": 2}
+    printed = capsys.readouterr().out
+    for words in ("7 comparisons", "15 completions", "5 groups", "4 empty completions",
+                  "2 comparisons with equal completions", "2 repeated comparisons"):
+        assert words in printed
     assert len(data) == 7 and data.differ().tolist() == [True, True, True, True, True, False, True]
     load_comparisons([path], BYTES)
-    assert capsys.readouterr().out == out  # from the cache too
+    assert capsys.readouterr().out == printed  # from the cache, too
     load_comparisons([path], BYTES, quiet=True)
     assert capsys.readouterr().out == ""
 
 
-def test_only_empty_texts(tmp_path):
+def test_a_data_set_of_only_empty_texts_can_be_read(tmp_path):
     data = load(tmp_path, [{"context": "", "completions": ["", ""], "scores": [1, 0]}])
-    assert [part.tolist() for part in data.segments(0)] == [[], [], []]
+    assert [ids.tolist() for ids in data.segments(0)] == [[], [], []]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache
 
 
-def test_the_second_time_comes_from_the_cache(tmp_path, cache, monkeypatch):
+def test_the_second_time_comes_from_the_cache(tmp_path, monkeypatch):
     records = list(make_comparisons(20))
     first = load(tmp_path, records)
     monkeypatch.setattr(type(BYTES), "encode_many", lambda *_: pytest.fail("tokenised again"))
     again = load(tmp_path, records)
     elsewhere = load(tmp_path, records, "copy.jsonl")  # the content counts, not the place
-    for data in (again, elsewhere):
-        assert [texts(data, i) for i in range(20)] == [texts(first, i) for i in range(20)]
+    assert all_texts(again) == all_texts(elsewhere) == all_texts(first)
     assert elsewhere.where(0) == f"{tmp_path / 'copy.jsonl'}:1"
 
 
-def test_other_content_and_other_tokenizers_have_other_caches(tmp_path):
+def test_other_content_and_other_tokenizers_have_other_caches(tmp_path, cache):
     other = get_tokenizer("bytes")
     other.key = "another"
     path = write_jsonl(tmp_path / "file.jsonl", make_comparisons(3))
-    assert len(load_comparisons([path], BYTES, quiet=True)) == len(load_comparisons([path], other, quiet=True)) == 3
+    assert len(load_comparisons([path], BYTES, quiet=True)) == 3
+    assert len(load_comparisons([path], other, quiet=True)) == 3
     write_jsonl(path, make_comparisons(4))
     assert len(load_comparisons([path], BYTES, quiet=True)) == 4
-    assert len(list((tmp_path / "cache").glob("comparisons-*/counts"))) == 3
+    assert len(list(cache.glob("comparisons-*/counts"))) == 3
 
 
 def test_a_bad_line_leaves_no_cache(tmp_path, cache):
@@ -164,43 +179,43 @@ def test_a_bad_line_leaves_no_cache(tmp_path, cache):
     assert not [p for p in cache.glob("comparisons-*") if p.is_dir()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits
 
 
-def held_out_contexts(data, fraction):
-    return {texts(data, i)[0] for i in np.flatnonzero(data.held_out(fraction))}
+def held_out_contexts(data):
+    return {texts(data, i)[0] for i in np.flatnonzero(data.held_out(0.3))}
 
 
 def test_a_split_goes_by_group_and_never_by_pair(tmp_path):
     data = load(tmp_path, make_comparisons(300))
-    held = data.held_out(0.3)
-    sides = {}
-    for record, side in zip(make_comparisons(300), held):
-        sides.setdefault(record["group"], set()).add(bool(side))
+    sides = {}  # of each group
+    for record, is_held_out in zip(make_comparisons(300), data.held_out(0.3), strict=True):
+        sides.setdefault(record["group"], set()).add(bool(is_held_out))
     assert all(len(side) == 1 for side in sides.values()) and len(sides) == data.counts["groups"]
     assert 0.15 < np.mean([True in side for side in sides.values()]) < 0.45
     assert not data.held_out(0.0).any() and data.held_out(1.0).all()
 
 
 def test_a_group_keeps_its_side_in_every_order_and_file(tmp_path):
-    records = [{"context": f"question {i % 150}", "completions": [f"a{i}", "b"], "scores": [1, 0]} for i in range(300)]
-    whole = held_out_contexts(load(tmp_path, records), 0.3)
+    records = [{"context": f"question {i % 150}", "completions": [f"a{i}", "b"], "scores": [1, 0]}
+               for i in range(300)]
+    held_out = held_out_contexts(load(tmp_path, records))
     random.Random(1).shuffle(records)
-    assert held_out_contexts(load(tmp_path, records, "shuffled.jsonl"), 0.3) == whole
+    assert held_out_contexts(load(tmp_path, records, "shuffled.jsonl")) == held_out
     part = records[:100]
-    contexts = {r["context"] for r in part}
-    assert held_out_contexts(load(tmp_path, part, "part.jsonl"), 0.3) == whole & contexts
+    in_part = {record["context"] for record in part}
+    assert held_out_contexts(load(tmp_path, part, "part.jsonl")) == held_out & in_part
 
 
 def test_a_smaller_fraction_holds_out_part_of_a_larger_ones(tmp_path):
     data = load(tmp_path, make_comparisons(300))
-    sides = [data.held_out(f) for f in (0.05, 0.1, 0.5, 0.9)]
+    sides = [data.held_out(fraction) for fraction in (0.05, 0.1, 0.5, 0.9)]
     for small, large in zip(sides, sides[1:]):
         assert (large | ~small).all() and large.sum() > small.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Published data
 
 
@@ -212,8 +227,7 @@ def test_human_comparisons_are_split_by_the_text_both_share():
     with gzip.open(path, "rt") as file:
         records = [json.loads(line) for line in file]
     assert len(data) == len(records) == data.counts["comparisons"]
-    for i, record in enumerate(records):
-        context, completions, scores = texts(data, i)
-        assert [context + c for c in completions] == [record["chosen"], record["rejected"]] and scores == [1, 0]
-        assert context.endswith("\n\nAssistant:")
+    for record, (context, completions, scores) in zip(records, all_texts(data)):
+        assert [context + text for text in completions] == [record["chosen"], record["rejected"]]
+        assert context.endswith("\n\nAssistant:") and scores == [1, 0]
     assert data.counts["empty"] > 0 and data.counts["completions"] == 2 * len(records)

@@ -1,24 +1,22 @@
 """Comparisons that need a sandbox or a model: code correctness, and human texts against a model's samples."""
-import argparse
-import json
-
 import pytest
-from conftest import make_comparisons, run, run_well, write_jsonl
+from conftest import convert, load, make_comparisons, read_jsonl, run_refused, run_well, write_jsonl
 
-from data.comparisons import load_comparisons, parse
-from data.sources.count import Count
 from data.errors import InputError
-from data.tokenizer import get_tokenizer
 from evals import correctness, human_vs_model
 
-ADD = {"task_id": 1, "text": "Add two numbers.", "test_setup_code": "", "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
+# Problems of MBPP and HumanEval
+ADD = {"task_id": 1, "text": "Add two numbers.", "test_setup_code": "",
+       "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
        "code": "def add(a, b):\n  # a comment\n  total = (a+b)\n  return total"}
-WEAK = {"task_id": 2, "text": "Clip at a limit.", "test_setup_code": "", "test_list": ["assert clip(5, 3) == 3"],
-        "code": "def clip(x, limit):\n    if x > limit:\n        return limit\n    return x"}
+WEAKLY_TESTED = {"task_id": 2, "text": "Clip at a limit.", "test_setup_code": "",
+                 "test_list": ["assert clip(5, 3) == 3"],
+                 "code": "def clip(x, limit):\n    if x > limit:\n        return limit\n    return x"}
 WRONG = ADD | {"task_id": 3, "test_list": ["assert add(1, 2) == 4"]}
-ONLY_CORRECT = ADD | {"task_id": 4, "test_list": ["assert add"]}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "BASE = 1\n\ndef up(x):\n    \"\"\" One more. \"\"\"\n", "entry_point": "up",
-             "canonical_solution": "    return x + BASE\n", "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
+ALWAYS_RIGHT = ADD | {"task_id": 4, "test_list": ["assert add"]}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": 'BASE = 1\n\ndef up(x):\n    """ One more. """\n',
+             "entry_point": "up", "canonical_solution": "    return x + BASE\n",
+             "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
 MODULE = '''"""A module."""
 import sys
 
@@ -64,19 +62,13 @@ if __name__ == "__main__":
 '''
 
 
-def convert(source, raw, *flags, max_bad=0.0):
-    """(comparisons, count) of `source`, with flags as data.prepare gives them."""
-    parser = argparse.ArgumentParser()
-    source.add_flags(parser)
-    count = Count(max_bad)
-    found = list(source.records(source.find_raw([raw]), parser.parse_args([str(flag) for flag in flags]), count))
-    for record in found:
-        parse(record, "comparison")
-    return found, count
+def comparisons_of(source, raw, *flags, **more):
+    """(comparisons, Count) of what `source` makes of a raw file, with flags as data.prepare takes them."""
+    return convert(source, source.find_raw([raw]), *flags, **more)
 
 
 def passes(record, tests):
-    """Marks of a record's completions, by running these harmless programs here."""
+    """For each completion of a record 1 if it passes the tests, else 0. These harmless programs run here."""
     marks = []
     for completion in record["completions"]:
         try:
@@ -87,140 +79,168 @@ def passes(record, tests):
     return marks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def completions_of(record, score):
+    return [text for text, its_score in zip(record["completions"], record["scores"]) if its_score == score]
+
+
+def groups(records):
+    return [record["group"] for record in records]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Code correctness
 
 
 def test_changed_bodies_are_labelled_by_the_tests_alone(tmp_path, capsys):
-    raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD, WEAK])
-    found, count = convert(correctness, raw, "--n", 9)
-    assert [record["group"] for record in found] == ["MBPP/1", "MBPP/2"] and count.total == 2
-    for record, problem in zip(found, (ADD, WEAK)):
+    raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD, WEAKLY_TESTED])
+    found, count = comparisons_of(correctness, raw, "--n", 9)
+    assert groups(found) == ["MBPP/1", "MBPP/2"] and count.total == 2
+    for record, problem in zip(found, (ADD, WEAKLY_TESTED)):
         assert record["scores"] == passes(record, problem["test_list"])
         assert 0 < sum(record["scores"]) < len(record["scores"]) == len(set(record["completions"])) <= 9
-    assert sum(found[1]["scores"]) > 1  # the test is weak: changes pass it as well
+    assert sum(found[1]["scores"]) > 1  # changes pass a weak test as well
     assert "bodies of 2 functions, " in capsys.readouterr().out
 
 
-def test_the_solution_is_among_the_bodies_written_as_they_are(tmp_path):
+def test_the_solution_is_among_the_bodies_and_looks_like_them(tmp_path):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD | {"task_id": i} for i in range(4)])
-    found, _ = convert(correctness, raw, "--n", 2)
+    found, _ = comparisons_of(correctness, raw, "--n", 2)
     solution = "    total = a + b\n    return total"
     places = {record["completions"].index(solution) for record in found}
     assert len(places) > 1  # the order is random
-    assert all("#" not in text and text.startswith("    ") for record in found for text in record["completions"])
-    assert found == convert(correctness, raw, "--n", 2)[0] != convert(correctness, raw, "--n", 2, "--seed", 1)[0]
+    for record in found:
+        assert all("#" not in text and text.startswith("    ") for text in record["completions"])
+    assert found == comparisons_of(correctness, raw, "--n", 2)[0]
+    assert found != comparisons_of(correctness, raw, "--n", 2, "--seed", 1)[0]
 
 
 def test_functions_without_a_pair_are_counted(tmp_path):
-    raw = write_jsonl(tmp_path / "mbpp.jsonl", [ONLY_CORRECT, WRONG, ADD])
-    found, count = convert(correctness, raw, "--n", 3)
-    assert [record["group"] for record in found] == ["MBPP/1"] and count.total == 3
-    assert count.dropped == {"functions whose own solution fails their tests": 1, "functions with only correct bodies": 1}
-    found, count = convert(correctness, raw, "--n", 2, "--keep_all")
-    assert [record["group"] for record in found] == ["MBPP/4", "MBPP/1"] and found[0]["scores"] == [1, 1]
+    raw = write_jsonl(tmp_path / "mbpp.jsonl", [ALWAYS_RIGHT, WRONG, ADD])
+    found, count = comparisons_of(correctness, raw, "--n", 3)
+    assert groups(found) == ["MBPP/1"] and count.total == 3
+    assert count.dropped == {"functions whose own solution fails their tests": 1,
+                             "functions with only correct bodies": 1}
+    found, count = comparisons_of(correctness, raw, "--n", 2, "--keep_all")
+    assert groups(found) == ["MBPP/4", "MBPP/1"] and found[0]["scores"] == [1, 1]
     assert count.dropped == {"functions whose own solution fails their tests": 1}
 
 
 def test_humaneval_and_the_papers_dialogue(tmp_path):
     raw = write_jsonl(tmp_path / "humaneval.jsonl", [HUMANEVAL])
-    (plain,), _ = convert(correctness, raw, "--n", 3)
-    assert plain["context"] == HUMANEVAL["prompt"] and "    return x + BASE" in plain["completions"] and sum(plain["scores"]) == 1
-    (asked,), _ = convert(correctness, raw, "--n", 3, "--format", "prompt")
-    assert asked["context"].startswith("\n\nHuman: Please complete") and {**asked, "context": ""} == {**plain, "context": ""}
+    (plain,), _ = comparisons_of(correctness, raw, "--n", 3)
+    assert plain["context"] == HUMANEVAL["prompt"]
+    assert "    return x + BASE" in plain["completions"] and sum(plain["scores"]) == 1
+    (dialogue,), _ = comparisons_of(correctness, raw, "--n", 3, "--format", "prompt")
+    assert dialogue.pop("context").startswith("\n\nHuman: Please complete")
+    assert dialogue == {name: value for name, value in plain.items() if name != "context"}
 
 
 def test_functions_of_a_module_with_examples_in_docstrings(tmp_path):
     raw = tmp_path / "tools.py"
     raw.write_text(MODULE)
-    (half, first), count = convert(correctness, raw, "--n", 20)
-    assert half["group"] == "tools.half" and first["group"] == "tools.Counter.first" and not count.dropped
-    assert half["context"].startswith('def half(x):\n    """\n    >>> half(4)') and half["context"].endswith('number\n    """\n')
+    (half, first), count = comparisons_of(correctness, raw, "--n", 20)
+    assert groups([half, first]) == ["tools.half", "tools.Counter.first"] and not count.dropped
+    assert half["context"].startswith('def half(x):\n    """\n    >>> half(4)')
+    assert half["context"].endswith('number\n    """\n')
     assert first["context"].startswith('@classmethod\ndef first(cls):\n    r"""The first')
-    right = [text for text, score in zip(half["completions"], half["scores"]) if score]
-    assert right == ["    if not isinstance(x, int):\n        raise TypeError('not a number')\n    return x / divisor()"]
-    assert [text for text, score in zip(first["completions"], first["scores"]) if score] == ["    return cls.start"]
+    assert completions_of(half, score=1) == [
+        "    if not isinstance(x, int):\n        raise TypeError('not a number')\n    return x / divisor()"]
+    assert completions_of(first, score=1) == ["    return cls.start"]
 
 
 def test_the_standard_library_by_its_name():
-    files = correctness.find_raw(["stdlib", "other.py"])
-    names = {path.name for path in files[:-1]}
-    assert {"statistics.py", "heapq.py", "difflib.py"} <= names and files[-1] == "other.py" and not any("test" in path.parts for path in files[:-1])
-    heapq = next(path for path in files if path.name == "heapq.py")
-    (merge,), _ = convert(correctness, heapq, "--n", 4)
+    *library, other = correctness.find_raw(["stdlib", "other.py"])
+    by_name = {path.name: path for path in library}
+    assert {"statistics.py", "heapq.py", "difflib.py"} <= set(by_name) and other == "other.py"
+    assert not any("test" in path.parts for path in library)
+    (merge,), _ = comparisons_of(correctness, by_name["heapq.py"], "--n", 4)
     assert merge["group"] == "heapq.merge" and 0 in merge["scores"] and 1 in merge["scores"]
 
 
 def test_samples_of_a_model(tmp_path, lm, monkeypatch):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD, ADD | {"task_id": 5}])
     flags = "--source", "model", "--model", lm, "--n", 4, "--max_new", 6
-    found, count = convert(correctness, raw, *flags, "--keep_all")  # of a model that knows no Python
-    assert [record["scores"] for record in found] == [[0] * 4] * 2 and any(map(str.strip, found[0]["completions"]))
+    found, count = comparisons_of(correctness, raw, *flags, "--keep_all")  # of a model that knows no Python
+    assert [record["scores"] for record in found] == [[0] * 4] * 2
+    assert any(text.strip() for text in found[0]["completions"])
 
-    asked = []
+    asked = []  # the prompts
 
     def samples(subject, texts, args, stops, unit):
         asked.extend(texts)
-        return [["    return"] * 4, ["    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"]]
+        return [["    return"] * 4,
+                ["    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"]]
     monkeypatch.setattr(correctness, "samples", samples)
-    (record,), count = convert(correctness, raw, *flags)
+    (record,), count = comparisons_of(correctness, raw, *flags)
     assert asked == [record["context"]] * 2 and record["group"] == "MBPP/5"
-    assert dict(zip(record["completions"], record["scores"])) == {"    return a + b": 1, "    return a - b": 0}
-    assert count.dropped == {"samples that are blank or repeat one of the same function": 5, "functions with only incorrect bodies": 1}
-    found, _ = convert(correctness, raw, *flags, "--keep_all")
+    assert completions_of(record, score=1) == ["    return a + b"]
+    assert completions_of(record, score=0) == ["    return a - b"]
+    assert count.dropped == {"samples that are blank or repeat one of the same function": 5,
+                             "functions with only incorrect bodies": 1}
+    found, _ = comparisons_of(correctness, raw, *flags, "--keep_all")
     assert [sorted(record["scores"]) for record in found] == [[0, 0, 0, 0], [0, 0, 1, 1]]
 
 
 def test_bad_input_to_code_correctness(tmp_path, lm, pm):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD])
-    for flags, words in ((["--source", "model"], "needs --model DIR"), (["--model", lm], "--source mutate has no use"),
+    for flags, words in ((["--source", "model"], "needs --model DIR"),
+                         (["--model", lm], "--source mutate has no use"),
                          (["--source", "model", "--model", pm], "a language model is needed")):
         with pytest.raises(InputError, match=words):
-            convert(correctness, raw, *flags)
+            comparisons_of(correctness, raw, *flags)
     with pytest.raises(InputError, match="mbpp.jsonl:2: .*do not agree"):
-        convert(correctness, write_jsonl(tmp_path / "mbpp.jsonl", [ADD, ADD | {"test_list": []}]))
+        comparisons_of(correctness, write_jsonl(tmp_path / "mbpp.jsonl", [ADD, ADD | {"test_list": []}]))
     (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
     with pytest.raises(InputError, match="broken.py:2: not a Python program"):
-        convert(correctness, tmp_path / "broken.py")
-    raw = write_jsonl(tmp_path / "humaneval.jsonl", [HUMANEVAL, HUMANEVAL | {"task_id": "bad", "prompt": "def up(:\n"}])
-    found, count = convert(correctness, raw, "--n", 3, max_bad=0.5)
-    assert len(found) == 1 and count.n_bad == 1 and "humaneval.jsonl: bad: prompt and solution" in count.places[0]
+        comparisons_of(correctness, tmp_path / "broken.py")
+    broken = HUMANEVAL | {"task_id": "bad", "prompt": "def up(:\n"}
+    raw = write_jsonl(tmp_path / "humaneval.jsonl", [HUMANEVAL, broken])
+    found, count = comparisons_of(correctness, raw, "--n", 3, max_bad=0.5)
+    assert len(found) == 1 and count.n_bad == 1
+    assert "humaneval.jsonl: bad: prompt and solution" in count.places[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Human against model
 
 
 def test_human_against_model(tmp_path, lm, comparisons_file, capsys):
-    asked = [json.loads(line) for line in comparisons_file.read_text().splitlines()]
-    found, count = convert(human_vs_model, comparisons_file, "--model", lm, "--max_new", 12, "--contexts", 6)
+    asked = read_jsonl(comparisons_file)
+    flags = "--model", lm, "--max_new", 12
+    found, count = comparisons_of(human_vs_model, comparisons_file, *flags, "--contexts", 6)
     assert len(found) == count.total == 6 and not count.dropped and "6 pairs; " in capsys.readouterr().out
     for record, comparison in zip(found, asked):
         assert record["context"] == comparison["context"] and record["group"] == comparison["group"]
         best, sample = record["completions"]
         assert comparison["scores"][comparison["completions"].index(best)] == max(comparison["scores"])
-        assert record["scores"] == [1, 0] and 0 < len(sample.encode()) and sample not in comparison["completions"]
-    assert found == convert(human_vs_model, comparisons_file, "--model", lm, "--max_new", 12, "--contexts", 6)[0]
-    load_comparisons([write_jsonl(tmp_path / "out.jsonl", found)], get_tokenizer("bytes"))
-    one, other = convert(human_vs_model, write_jsonl(tmp_path / "twice.jsonl", asked[:1] * 2), "--model", lm, "--max_new", 12)[0]
+        assert record["scores"] == [1, 0] and sample and sample not in comparison["completions"]
+    assert found == comparisons_of(human_vs_model, comparisons_file, *flags, "--contexts", 6)[0]
+    assert len(load(tmp_path, found)) == 6
+    twice = write_jsonl(tmp_path / "twice.jsonl", asked[:1] * 2)
+    one, other = comparisons_of(human_vs_model, twice, *flags)[0]
     assert one["context"] == other["context"] and one["completions"][1] != other["completions"][1]
 
 
 def test_useless_samples_are_counted(tmp_path, lm, monkeypatch, capsys):
-    texts = {"A": [" ", " good"], "B": ["good\n", " new"], "C": [" new", " new"], "\n\nHuman: D\n\nAssistant:": [" one", " two"]}
-    raw = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": context, "chosen": " good", "rejected": " bad", "group": f"of {context}"} for context in texts])
-    stops = {}
+    dialogue = "\n\nHuman: D\n\nAssistant:"
+    drawn = {"A": [" ", " good"], "B": ["good\n", " new"], "C": [" new", " new"], dialogue: [" one", " two"]}
+    raw = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": context, "chosen": " good", "rejected": " bad", "group": f"of {context}"}
+        for context in drawn])
+    stops = {}  # of each context
 
     def samples(subject, contexts, args, given, unit):
         stops.update(zip(contexts, given))
-        return [texts[context] for context in contexts]
+        return [drawn[context] for context in contexts]
     monkeypatch.setattr(human_vs_model, "samples", samples)
-    found, count = convert(human_vs_model, raw, "--model", lm, "--n", 2, "--max_new", 4)
-    assert [(record["completions"], record["scores"], record["group"]) for record in found] == [
-        ([" good", " new"], [1, 0], "of B"), ([" good", " new"], [1, 0], "of C"), ([" good", " one", " two"], [1, 0, 0], "of \n\nHuman: D\n\nAssistant:")]
-    assert count.dropped == {"samples that are empty": 1, "samples equal to the human text": 2, "samples drawn before for the same context": 1,
-                             "comparisons left without a sample": 1}
-    assert [bool(stops[context]) for context in texts] == [False, False, False, True]
+    found, count = comparisons_of(human_vs_model, raw, "--model", lm, "--n", 2, "--max_new", 4)
+    assert [(record["group"], record["completions"], record["scores"]) for record in found] == [
+        ("of B", [" good", " new"], [1, 0]), ("of C", [" good", " new"], [1, 0]),
+        (f"of {dialogue}", [" good", " one", " two"], [1, 0, 0])]
+    assert count.dropped == {
+        "samples that are empty": 1, "samples equal to the human text": 2,
+        "samples drawn before for the same context": 1, "comparisons left without a sample": 1}
+    assert [context for context in drawn if stops[context]] == [dialogue]  # its samples end where a turn does
     assert "4 pairs; characters: human 5 on average, model 4" in capsys.readouterr().out
 
 
@@ -229,20 +249,24 @@ def test_bad_input_to_human_against_model(tmp_path, lm, pm):
     for flags, words in ((["--model", pm], "a language model is needed"),
                          (["--model", lm, "--max_new", 4], 'some.jsonl:4: no "chosen"')):
         with pytest.raises(InputError, match=words):
-            convert(human_vs_model, raw, *flags)
-    found, count = convert(human_vs_model, raw, "--model", lm, "--max_new", 4, max_bad=0.5)
+            comparisons_of(human_vs_model, raw, *flags)
+    found, count = comparisons_of(human_vs_model, raw, "--model", lm, "--max_new", 4, max_bad=0.5)
     assert len(found) == 3 and count.n_bad == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The script
 
 
 def test_prepare_writes_them(tmp_path, lm, comparisons_file):
-    printed = run_well("data/prepare.py", "code-correctness", "--raw", write_jsonl(tmp_path / "mbpp.jsonl", [ADD]), "--n", 3, "--out", tmp_path / "code.jsonl")
-    assert "code.jsonl: 1 comparisons of 1 records read" in printed and "2 changed bodies of 1 functions" in printed
-    printed = run_well("data/prepare.py", "human-vs-model", "--raw", comparisons_file, "--model", lm, "--max_new", 4, "--contexts", 3, "--out", tmp_path / "model.jsonl")
+    code, samples = tmp_path / "code.jsonl", tmp_path / "model.jsonl"
+    raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD])
+    printed = run_well("data/prepare.py", "code-correctness", "--raw", raw, "--n", 3, "--out", code)
+    assert "code.jsonl: 1 comparisons of 1 records read" in printed
+    assert "2 changed bodies of 1 functions" in printed
+    args = ("data/prepare.py", "human-vs-model", "--raw", comparisons_file)
+    printed = run_well(*args, "--model", lm, "--max_new", 4, "--contexts", 3, "--out", samples)
     assert "model.jsonl: 3 comparisons of 3 records read" in printed
-    done = run("data/prepare.py", "human-vs-model", "--raw", comparisons_file, "--model", tmp_path / "none", "--out", tmp_path / "none.jsonl")
-    assert done.returncode == 2 and "no such checkpoint folder" in done.stderr and "Traceback" not in done.stderr
+    line = run_refused(*args, "--model", tmp_path / "none", "--out", tmp_path / "none.jsonl")
+    assert "no such checkpoint folder" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.jsonl", "mbpp.jsonl", "model.jsonl"]
