@@ -1,9 +1,10 @@
-"""Code correctness (Section 3 of the paper): correct and incorrect bodies of functions that have tests, as comparisons.
+"""Code correctness (Section 3 of the paper): correct and incorrect bodies of functions with tests, as
+comparisons.
 
-The problems are those of MBPP or HumanEval, or functions of any Python modules whose docstrings hold doctest examples; the word
-stdlib names the modules of Python's own standard library. The bodies are samples of a code model, as in the paper, or, where no
-model is good enough, the function's own solution and small changes of it. All run in the sandbox, and only the tests say which
-are correct: a change that passes them is.
+The problems are those of MBPP or HumanEval, or the functions of any Python module whose docstrings hold
+examples for doctest; the word stdlib names the modules of Python's own library. The bodies are samples of a
+code model, as in the paper, or, where none is good enough, the function's own solution and small changes to
+it. All run in the sandbox, and the tests alone say which are correct: a changed body that passes is correct too.
 """
 import ast
 import doctest
@@ -14,185 +15,231 @@ import textwrap
 import tokenize
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import checkpoint
 import plan
 from data.errors import InputError
 from data.files import read_records
 from evals import code
+from evals.mutants import mutate
 from evals.sandbox import sandbox
 from evals.subject import add_sampling_flags, load_subject, samples
 
 NOT_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
 
-# doctest's own runner sets tracing, which the sandbox forbids; what it compares outputs with is used here too.
-EXAMPLES = """names = dict(globals())
-import contextlib, doctest, io, traceback
-
-for source, expected, raises, flags in {examples}:
-    printed, raised = io.StringIO(), None
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, "<example>", "single"), names)
-    except Exception as error:
-        raised = traceback.format_exception_only(error)[-1]
-    assert (raised is None) == (raises is None)
-    assert doctest.OutputChecker().check_output(raises or expected, raised or printed.getvalue(), flags)
+DOCTESTS = """names = dict(globals())
+import doctest
+examples = [doctest.Example(*example) for example in {examples}]
+test = doctest.DocTest(examples, names, "tests", None, None, None)
+assert not doctest.DocTestRunner(verbose=False).run(test).failed
 """
 
 
 def add_flags(parser):
-    parser.add_argument("--source", choices=("mutate", "model"), default="mutate", help="where bodies come from: small changes of the function's own "
-                        "solution, which is among them, or samples of --model (default: mutate)")
+    parser.add_argument("--source", choices=("mutate", "model"), default="mutate",
+                        help="where bodies come from: small changes to the function's own solution, which is "
+                        "one of them, or samples of --model (default: mutate)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint of a code model, for --source model")
-    parser.add_argument("--prompt", metavar="FILE", help="prompt to set before everything the model reads (default: none)")
-    parser.add_argument("--format", choices=tuple(code.STOPS), default="plain", help="context: the function's beginning as it stands, or the paper's dialogue "
+    parser.add_argument("--prompt", metavar="FILE",
+                        help="prompt to set before everything that the model reads (default: none)")
+    parser.add_argument("--format", choices=tuple(code.STOPS), default="plain",
+                        help="context: the function's beginning as it stands, or the paper's dialogue "
                         "(default: plain)")
-    parser.add_argument("--timeout", type=plan.positive(float), default=5.0, help="seconds a program may take (default: 5)")
-    parser.add_argument("--keep_all", action="store_true", help="keep functions without a pair, blank and repeated samples: all --n as drawn, "
-                        "as `evaluate.py rerank` needs them")
+    parser.add_argument("--timeout", type=plan.positive(float), default=5.0,
+                        help="seconds that a program may take (default: 5)")
+    parser.add_argument("--keep_all", action="store_true",
+                        help="keep functions without a pair, and blank and repeated samples: all --n as they "
+                        "were drawn, as `evaluate.py rerank` needs them")
+    sandbox.add_flag(parser)
     parser.set_defaults(prompt_tokens=None)
     add_sampling_flags(parser, n=8, max_new=300, temperature=0.6, top_p=0.95)
     plan.add_device_flags(parser)
 
 
 def find_raw(paths):
-    """The files that --raw names; the word stdlib stands for the standard library's modules with examples in them."""
-    lib = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in sorted(lib.rglob("*.py")) if not NOT_STDLIB & set(path.relative_to(lib).parts))
-    stdlib = [path for path in files if b">>>" in path.read_bytes()] if any(str(path) == "stdlib" for path in paths) else []
+    """The files that --raw names. The word stdlib stands for the library's modules that have examples."""
+    stdlib = []
+    if any(str(path) == "stdlib" for path in paths):
+        library = Path(sysconfig.get_path("stdlib"))
+        stdlib = [path for path in sorted(library.rglob("*.py"))
+                  if not NOT_STDLIB & set(path.relative_to(library).parts) and b">>>" in path.read_bytes()]
     return [file for path in paths for file in (stdlib if str(path) == "stdlib" else [path])]
 
 
+class Task(NamedTuple):
+    problem: code.Problem
+    before: str  # code that has to run before the problem's own, and is not shown to models
+    bodies: list  # texts that complete the function, of which the tests say whether they are correct
+
+
 def records(paths, args, count):
-    """Yield {"context", "completions", "scores", "group"}: a function's beginning, bodies in random order, 1 for those that pass the
-    tests and 0 for the others, the problem's name."""
+    """Yield {"context", "completions", "scores", "group"}: a function's beginning, bodies in random order, 1
+    for each that passes the tests and 0 for the others, and the problem's name."""
     if (args.source == "model") != bool(args.model):
         raise InputError("--source model needs --model DIR, a code model; --source mutate has no use for one")
+    mode = sandbox.pick_mode(args.unsafe)
     subject = load_subject(args, checkpoint.load_lm) if args.model else None
-    problems = []  # (problem, code before it that is not shown, its solution as ast.unparse writes it)
-    for path in paths:
-        for problem, before in read(path):
-            count.total += 1
-            try:
-                problems.append((problem, before, body(problem.prompt + problem.solution, problem.entry_point)))
-            except (SyntaxError, ValueError) as error:
-                count.bad(f"{path}: {problem.id}", f"prompt and solution are not a Python function {problem.entry_point} ({error})")
-        if count.progress is not None:
-            count.progress.update(path.stat().st_size)
 
-    outcomes = run([(problem, before, [solution]) for problem, before, solution in problems], args, "own solutions")
+    tasks = list(read_tasks(paths, count))
+    outcomes = run(tasks, mode, args.timeout, "own solutions")
     for own, in outcomes:
         if not own.passed:
             count.drop("functions whose own solution fails their tests")
-    problems = [entry for entry, (own,) in zip(problems, outcomes) if own.passed]
+    tasks = [task for task, (own,) in zip(tasks, outcomes) if own.passed]
     if subject:
-        drawn = samples(subject, [code.format_prompt(problem, args.format) for problem, *_ in problems], args, [code.STOPS[args.format]] * len(problems), "function")
-        problems = [(problem, before, different(texts, args, count)) for (problem, before, _), texts in zip(problems, drawn)]
+        tasks = with_samples(tasks, subject, args, count)
     else:
-        problems = [(problem, before, mutants(problem, solution, args)) for problem, before, solution in problems]
-    outcomes = run(problems, args, "running")
-    told = Counter(outcome.reason for row in outcomes for outcome in row[not subject:])
-    print(f"{told.total():,} {'samples' if subject else 'changed bodies'} of {len(problems):,} functions, {told['passed'] / max(1, told.total()):.1%} "
-          f"passed their tests ({', '.join(f'{n:,} {reason}' for reason, n in told.most_common())})", flush=True)
+        tasks = [task._replace(bodies=mutants(task.problem, *task.bodies, args)) for task in tasks]
+    outcomes = run(tasks, mode, args.timeout, "running")
 
-    for (problem, _, bodies), row in zip(problems, outcomes):
-        if not args.keep_all and len({outcome.passed for outcome in row}) < 2:
+    what = "samples" if subject else "changed bodies"  # the solution, which comes first, is not one of these
+    reasons = Counter(outcome.reason for row in outcomes for outcome in (row if subject else row[1:]))
+    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+    print(f"{reasons.total():,} {what} of {len(tasks):,} functions, "
+          f"{reasons['passed'] / max(1, reasons.total()):.1%} passed their tests ({listed})", flush=True)
+    for task, row in zip(tasks, outcomes):
+        if len({outcome.passed for outcome in row}) < 2 and not args.keep_all:
             count.drop(f"functions with only {'correct' if row and row[0].passed else 'incorrect'} bodies")
             continue
-        shuffled = random.Random(f"{args.seed} {problem.id} order").sample(list(zip(bodies, row)), len(row))
-        yield {"context": code.format_prompt(problem, args.format), "completions": [text for text, _ in shuffled],
-               "scores": [int(outcome.passed) for _, outcome in shuffled], "group": problem.id}
+        order = random.Random(f"{args.seed} {task.problem.id} order")
+        shuffled = order.sample(list(zip(task.bodies, row)), len(row))
+        yield {"context": code.format_prompt(task.problem, args.format),
+               "completions": [text for text, _ in shuffled],
+               "scores": [int(outcome.passed) for _, outcome in shuffled], "group": task.problem.id}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def run(tasks, mode, timeout, progress):
+    """For each task the outcomes of its bodies."""
+    programs = [code.program(task.problem, body, task.before) for task in tasks for body in task.bodies]
+    outcomes = iter(sandbox.run_programs(programs, mode, progress, timeout=timeout))
+    return [list(itertools.islice(outcomes, len(task.bodies))) for task in tasks]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Functions
 
 
-def read(path):
-    """Yield (Problem, code that has to stand before it) of a .py module or of MBPP's or HumanEval's JSON lines."""
+def read_tasks(paths, count):
+    """Yield a task for each problem, with one body: its solution as ast.unparse formats it."""
+    for path in paths:
+        for problem, before in read_problems(path):
+            count.total += 1
+            try:
+                solution = body_of(problem.prompt + problem.solution, problem.entry_point)
+            except code.NOT_CODE as error:
+                count.bad(f"{path}: {problem.id}",
+                          f"prompt and solution are not a Python function {problem.entry_point} ({error})")
+                continue
+            yield Task(problem, before, [solution])
+        if count.progress is not None:
+            count.progress.update(path.stat().st_size)
+
+
+def read_problems(path):
+    """Yield (problem, code to run before it) of a .py module, or of MBPP's or HumanEval's JSON lines."""
     if path.suffix == ".py":
-        yield from documented(path)
+        yield from documented_functions(path)
         return
     _, first = next(read_records(path), (0, {}))
-    for problem in (code.humaneval if "canonical_solution" in first else code.mbpp)(path):
-        yield problem, ""
+    read = code.humaneval if "canonical_solution" in first else code.mbpp
+    yield from ((problem, "") for problem in read(path))
 
 
-def documented(path):
-    """The functions and methods of a module whose docstrings hold examples. The module runs as it is, then the function is defined
-    anew, so helpers remain and fast versions in C, which some modules end with, do not take its place."""
+def documented_functions(path):
+    """Yield (problem, code to run before it) for the functions and methods of a module whose docstrings have
+    examples.
+
+    The module runs as it is, then the function is defined anew. So its helpers are there, and it is not
+    replaced by a faster version in C, with which some modules end.
+    """
     try:
         with tokenize.open(path) as file:
             text = file.read()
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"{path}:{getattr(error, 'lineno', None) or 1}: not a Python program ({error})") from None
-    lines = text.split("\n")
-    before = "\n".join(ast.unparse(node) for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))) + "\n\n\n"
-    owned = [("", node) for node in tree.body] + [(owner.name, node) for owner in tree.body if isinstance(owner, ast.ClassDef) for node in owner.body]
+        tree = code.parse(text)
+        kept = [ast.unparse(node) for node in tree.body
+                if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    except code.NOT_CODE as error:
+        line = getattr(error, "lineno", None) or 1
+        raise InputError(f"{path}:{line}: not a Python program ({error})") from None
+    before = "\n".join(kept) + "\n\n\n"
+    module = path.stem if path.stem != "__init__" else path.absolute().parent.name
+    owned = [("", node) for node in tree.body]
+    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        owned += [(owner.name, node) for node in owner.body]
     for owner, node in owned:
-        examples = parse_examples(ast.get_docstring(node)) if isinstance(node, ast.FunctionDef) else []
-        if not examples or len(node.body) < 2:
-            continue
-        start, middle = min(part.lineno for part in (node, *node.decorator_list)) - 1, node.body[0].end_lineno
-        source = textwrap.dedent("\n".join(lines[start:node.end_lineno])).split("\n")
-        prompt, solution = ("\n".join(part) + "\n" for part in (source[:middle - start], source[middle - start:]))
-        module = path.stem if path.stem != "__init__" else path.absolute().parent.name
-        into_class = f"{owner}.{node.name} = {node.name}\n" if owner else ""
-        name = ".".join(filter(None, (module, owner, node.name)))
-        yield code.Problem(name, prompt, solution, into_class + EXAMPLES.format(examples=examples), node.name), before
+        examples = parse_examples(node) if isinstance(node, ast.FunctionDef) else []
+        if examples and len(node.body) > 1:
+            prompt, solution = source_parts(node, text.split("\n"))
+            tests = DOCTESTS.format(examples=examples)
+            if owner:
+                tests = f"{owner}.{node.name} = {node.name}\n{tests}"
+            name = ".".join(filter(None, (module, owner, node.name)))
+            yield code.Problem(name, prompt, solution, tests, node.name), before
 
 
-def parse_examples(docstring):
+def parse_examples(function):
+    """What doctest.Example takes, for each example in a function's docstring that is to be run."""
     try:
-        found = doctest.DocTestParser().get_examples(docstring or "")
+        examples = doctest.DocTestParser().get_examples(ast.get_docstring(function) or "")
     except ValueError:  # something that only looks like examples
         return []
-    return [(e.source, e.want, e.exc_msg, sum(flag for flag, on in e.options.items() if on)) for e in found if not e.options.get(doctest.SKIP)]
+    return [(example.source, example.want, example.exc_msg, 0, 0, example.options)
+            for example in examples if not example.options.get(doctest.SKIP)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def source_parts(function, lines):
+    """The code of a function as it stands in a file's lines: (decorators, signature and docstring; body)."""
+    first = min(part.lineno for part in (function, *function.decorator_list)) - 1
+    source = textwrap.dedent("\n".join(lines[first:function.end_lineno])).split("\n")
+    middle = function.body[0].end_lineno - first
+    return "\n".join(source[:middle]) + "\n", "\n".join(source[middle:]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Bodies
 
 
-def body(source, name):
-    """A program -> the body of its function `name` and what follows it, as ast.unparse writes it. ValueError without such a function."""
-    statements = ast.parse(source).body
-    at = max(number for number, node in enumerate(statements) if isinstance(node, ast.FunctionDef) and node.name == name)
+def body_of(source, name):
+    """The body of a program's function `name` and all that follows it, as ast.unparse formats them.
+    ValueError if there is no such function."""
+    statements = code.parse(source).body
+    at = max(number for number, node in enumerate(statements)
+             if isinstance(node, ast.FunctionDef) and node.name == name)
     function = statements[at]
-    head = ast.unparse(ast.FunctionDef(**vars(function) | {"body": []}))
+    head = code.with_body(function, [])
     function.body = function.body[ast.get_docstring(function) is not None:] or [ast.Pass()]
     return ast.unparse(ast.Module(statements[at:], [])).removeprefix(head).strip("\n")
 
 
 def mutants(problem, solution, args):
     """At most args.n bodies: the solution first, then different ones with one change each."""
-    texts = [solution]
-    for changed in code.mutate(problem.prompt + problem.solution, random.Random(f"{args.seed} {problem.id}")):
-        if len(texts) == args.n:
-            break
-        if (text := body(changed, problem.entry_point)) not in texts:  # the change may lie before the body
-            texts.append(text)
-    return texts
+    bodies = [solution]
+    try:
+        for changed in mutate(problem.prompt + problem.solution, random.Random(f"{args.seed} {problem.id}")):
+            if len(bodies) == args.n:
+                break
+            body = body_of(changed, problem.entry_point)
+            if body not in bodies:  # the change may lie before the body
+                bodies.append(body)
+    except RecursionError:
+        pass  # nested too deep to be changed
+    return bodies
 
 
-def different(texts, args, count):
-    """The bodies that samples begin with: with --keep_all all of them, else those that are neither blank nor repeated."""
-    texts = [code.cut(text, args.format).rstrip() for text in texts]
+def with_samples(tasks, subject, args, count):
+    """The tasks with samples of a model as their bodies."""
+    prompts = [code.format_prompt(task.problem, args.format) for task in tasks]
+    drawn = samples(subject, prompts, args, [code.STOPS[args.format]] * len(tasks), "function")
+    return [task._replace(bodies=distinct_bodies(texts, args, count)) for task, texts in zip(tasks, drawn)]
+
+
+def distinct_bodies(texts, args, count):
+    """The bodies that samples begin with: all of them with --keep_all, else no blank or repeated ones."""
+    bodies = [code.cut(text, args.format).rstrip() for text in texts]
     if args.keep_all:
-        return texts
-    kept = []
-    for text in texts:
-        if text and text not in kept:
-            kept.append(text)
-        else:
-            count.drop("samples that are blank or repeat one of the same function")
+        return bodies
+    kept = [body for body in dict.fromkeys(bodies) if body]
+    if len(kept) < len(bodies):
+        count.drop("samples that are blank or repeat one of the same function", len(bodies) - len(kept))
     return kept
-
-
-def run(problems, args, progress):
-    """[(problem, before, bodies)] -> for each the outcomes of its bodies."""
-    sources = [code.program(problem._replace(prompt=before + problem.prompt), text) for problem, before, bodies in problems for text in bodies]
-    outcomes = iter(sandbox.run_programs(sources, progress=progress, timeout=args.timeout))
-    return [list(itertools.islice(outcomes, len(bodies))) for *_, bodies in problems]

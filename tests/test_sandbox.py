@@ -1,251 +1,345 @@
-"""Programs that attack must fail and leave the caller as it was; honest programs must pass."""
+"""The sandbox: the programs of hostile.py, run by root and by an ordinary user, get through none of its walls
+and leave nothing behind; honest programs pass."""
+import marshal
 import os
+import pickle
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, run, write_jsonl
 
+from data.errors import InputError
 from evals.sandbox import sandbox
+from hostile import PRELUDE, WALLS, programs
 
-TIMEOUT = 2 + os.getpid() / 1e8  # it stands in the arguments of every process of the sandbox that this file starts
-ASLEEP = str(86000 + os.getpid() / 1e8)  # seconds that the attacks' own processes sleep, to find them by
+NOBODY = 65534
+MARK = os.getpid() / 1e8  # is part of the time limits here; our processes are found by it
 
-# Each passes its test (f(2) == 3) only if the attack succeeds. CALLER is the caller's process id, PLANTED a file of the
-# caller's in a folder of its own, PORT a server's, ASLEEP see above.
-SUCCESS = "\ndef f(x):\n    return 3\n"
-REPORT_EVERYWHERE = """
-def f(x):
-    import os
-    for guess in (b"passed\\n", b"passed", b"1", b"True", b"\\0" * 32):
-        for fd in range(64):
-            try: os.write(fd, guess)
-            except OSError: pass
-    os._exit(0)
-"""
-ATTACKS = {
-    # using up
-    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "a hundred processes": "import os, time\nfor _ in range(100):\n    if os.fork() == 0: time.sleep(9)" + SUCCESS,
-    "10 GB": "x = [0] * (10 * 2**30 // 8)" + SUCCESS,
-    "endless output": "while True: print('x' * 10000)",
-    "endless error output": "import sys\nwhile True: sys.stderr.write('x' * 10000)",
-    "endless report": "import os\nwhile True:\n    for fd in range(3, 20):\n        try: os.write(fd, b'x' * 10000)\n        except OSError: pass",
-    "infinite loop": "while True: pass",
-    "sleep for ever": "import time\ntime.sleep(1e6)",
-    "wait for input": "import sys\nif sys.stdin.read() == '': raise EOFError",
-    "huge file": "with open('big', 'wb') as file:\n    for _ in range(200): file.write(bytes(2**20))" + SUCCESS,
-    "thousand files": "files = [open(str(i), 'w') for i in range(1000)]" + SUCCESS,
-    "thousand threads": "import threading, time\nfor _ in range(1000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()" + SUCCESS,
-    "higher limits": "import resource as r\ndef f(x):\n    r.setrlimit(r.RLIMIT_FSIZE, (2**40, 2**40))\n    return 3",
-    # crashes
-    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x) + 1",
-    "crash of the C stack": "import ctypes\nctypes.string_at(0)" + SUCCESS,
-    "deep nesting": "eval('(' * 100000)",
-    # ending early
-    "os._exit": "import os\nos._exit(0)",
-    "os._exit in a test": "import os\ndef f(x): os._exit(0)",
-    "SystemExit": "raise SystemExit",
-    "SystemExit in a test": "def f(x): raise SystemExit(0)",
-    "StopIteration": "raise StopIteration",
-    "StopIteration in a test": "def f(x): raise StopIteration",
-    "exec another program": "import os\nos.execv('/bin/true', ['true'])",
-    "killing itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-    "unfinished text": 'def f(x):\n    """',
-    # other processes
-    "ignoring signals": "import signal\nfor s in range(1, 60):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-    "killing its group": "import os, signal\nos.kill(0, signal.SIGKILL)",
-    "killing its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)" + SUCCESS.replace("3", "2"),
-    "killing the caller": "import os, signal\nos.kill(CALLER, signal.SIGKILL)" + SUCCESS,
-    "interrupting the supervisor": "import os, signal\nfor s in (2, 15, 19):\n    os.kill(os.getppid(), s)",
-    "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: os.execv('/bin/sleep', ['sleep', ASLEEP])\n    os._exit(0)\ntime.sleep(0.2)",
-    "daemon that holds files": "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\nos._exit(0)",
-    "subprocess": "import subprocess\nsubprocess.Popen(['/bin/sleep', ASLEEP], start_new_session=True)",
-    "limits of the caller": "import resource\nresource.prlimit(CALLER, resource.RLIMIT_NOFILE, (64, 64))" + SUCCESS,
-    "the caller's memory": "import os\nos.stat(f'/proc/{CALLER}/mem')\nopen(f'/proc/{CALLER}/mem', 'r+b')" + SUCCESS,
-    "the caller's environment": "def f(x): return int(open(f'/proc/{CALLER}/environ').read().split('HHH_PLANTED=')[1][0])",
-    "the parent's environment": "import os\ndef f(x): return int(open(f'/proc/{os.getppid()}/environ').read().split('HHH_PLANTED=')[1][0])",
-    "network": "import socket\nsocket.create_connection(('127.0.0.1', PORT)).send(b'hello')" + SUCCESS,
-    # files
-    "the environment": "import os\ndef f(x): return int(os.environ['HHH_PLANTED'])",
-    "writing outside": "open(PLANTED, 'w').write('broken')" + SUCCESS,
-    "deleting outside": "import shutil, os\nshutil.rmtree(os.path.dirname(PLANTED), ignore_errors=True)\nos.remove(PLANTED)" + SUCCESS,
-    "through a link": "import os\nos.symlink('/', 'root')\nopen('root' + PLANTED, 'w').write('broken')" + SUCCESS,
-    "its folder as a link": "import os\nhere = os.getcwd()\nos.rmdir(here)\nos.symlink('/', here)\nos.remove(here + PLANTED)" + SUCCESS,
-    "upwards": "import os\nopen('../' * 30 + PLANTED, 'w').write('broken')" + SUCCESS,
-    "moving outside": "import os\nopen('mine', 'w').write('broken')\nos.replace('mine', PLANTED)" + SUCCESS,
-    "no permissions": "import os\nos.makedirs('a/b/c')\nfor p in ('a/b/c', 'a/b', 'a', '.'): os.chmod(p, 0)",
-    "the library": "import os, json\nopen(os.path.join(os.path.dirname(json.__file__), 'planted.py'), 'w').write('x = 1')" + SUCCESS,
-    # forging success
-    "guesses into every file": REPORT_EVERYWHERE,
-    "closing every file": "import os\nos.closerange(0, 1000)" + SUCCESS,
-    "printing": "print('passed')\nprint('passed\\n' * 1000)\nraise SystemExit(0)",
-    "patching builtins": "import builtins\nbuiltins.abs = lambda x: 0\nfor name in ('all', 'len', 'isinstance', 'exec', 'compile', 'AssertionError', 'BaseException', 'MemoryError'):\n"
-                         "    setattr(builtins, name, lambda *a, **k: True)\ndef f(x): return 7",
-    "patching open and print": "import builtins\nbuiltins.open = builtins.print = lambda *a, **k: None\ndef f(x): return 7",
-    "shadowing": "abs = lambda x: 0\nrange = lambda *a: []\nall = any = lambda *a: True\nf = lambda x: 7",
-    "patching unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\nunittest.TestCase.fail = lambda *a: None\nf = lambda x: 7",
-    "patching sys.modules": "import math, sys, types\nmath.isclose = lambda *a: True\nsys.modules['math'] = types.SimpleNamespace(isclose=math.isclose)\nf = lambda x: 7",
-    "patching os.write": "import os\nwrite = os.write\nos.write = lambda fd, text: write(fd, b'passed\\n')\nf = lambda x: 7",
-    "tracing": "import sys\ndef trace(frame, event, arg):\n    if frame.f_code.co_filename == '<tests>' and event == 'line' and frame.f_lineno < 4:\n"
-               "        frame.f_lineno = 4\n    return trace\nsys.settrace(trace)\nf = lambda x: 7",
-    "jumping in the test's frame": "import sys\ndef f(x):\n    frame = sys._getframe(1)\n    frame.f_trace = lambda *a: None\n    sys.settrace(lambda *a: None)\n"
-                                   "    frame.f_lineno += 1\n    return 7",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\n" + REPORT_EVERYWHERE.replace("def f(x)", "def report()") + "\natexit.register(report)\nf = lambda x: 7",
-    "__del__": REPORT_EVERYWHERE.replace("def f(x)", "def report()") + "\nclass D:\n    def __del__(self): report()\nd = D()\nraise ValueError",
-    "frames": """
-import os, sys
-def f(x):
-    seen, todo = set(), [sys._getframe(0)]
-    while todo:
-        thing = todo.pop()
-        if id(thing) in seen or len(seen) > 100000: continue
-        seen.add(id(thing))
-        if isinstance(thing, bytes) and len(thing) == 32:
-            for fd in range(64):
-                try: os.write(fd, thing)
-                except OSError: pass
-        if isinstance(thing, (list, tuple, set, frozenset)): todo += list(thing)
-        elif isinstance(thing, dict): todo += [*thing.keys(), *thing.values()]
-        elif type(thing).__name__ == 'frame': todo += [thing.f_back, thing.f_locals, thing.f_globals, thing.f_code]
-        elif callable(thing) or type(thing).__name__ in ('code', 'cell', 'module'):
-            for name in ('__dict__', '__globals__', '__closure__', '__defaults__', 'co_consts', 'cell_contents', '__self__'):
-                try: todo.append(getattr(thing, name))
-                except Exception: pass
-    os._exit(0)
-""",
-    "gc": """
-import gc, os
-def f(x):
-    for thing in gc.get_objects():
-        for token in [thing, *gc.get_referents(thing)]:
-            if isinstance(token, bytes) and len(token) == 32:
-                for fd in range(64):
-                    try: os.write(fd, token)
-                    except OSError: pass
-    os._exit(0)
-""",
-    "its own memory": "import os, re\nmemory = open('/proc/self/mem', 'rb')\nopen('/proc/self/maps')" + SUCCESS.replace("3", "7"),
-    "reading every file": "import os\nfor fd in range(64):\n    try: token = os.read(fd, 32)\n    except OSError: continue\n    for other in range(64):\n"
-                          "        try: os.write(other, token)\n        except OSError: pass\nos._exit(0)",
-    "a marker of its own": "f = lambda x: 7\n# tests of f\nraise SystemExit",
-    "a thread that reports": "import threading\n" + REPORT_EVERYWHERE.replace("def f(x)", "def report()") + "\nthreading.Thread(target=report).start()\nf = lambda x: 7",
-}
-TESTS = "assert f(2) == 3\nassert f(2) == 3\npass\n"
-HELPED = {"patching unittest": "import unittest\nunittest.TestCase().assertEqual(f(2), 3)", "patching sys.modules": "import math\nassert math.isclose(f(2), 3)",
-          "patching builtins": "assert abs(f(2) - 3) == 0\nassert all([f(2) == 3])", "shadowing": "for x in range(2, 3):\n    assert abs(f(x) - 3) == 0"}
-# Only where the kernel makes the walls: these would hurt if a closed door turned out to be open.
-NAMESPACE_ONLY = {"killing everything": "import os, signal\nos.kill(-1, signal.SIGKILL)" + SUCCESS.replace("3", "2"),
-                  "reading outside": "def f(x): return int(open(PLANTED).read())"}
+SECONDS = dict.fromkeys(WALLS, 20 + MARK) | {"time": 1 + MARK}
+
+
+def attack(prelude):
+    """{wall: {what it tries: outcome}} of all programs, or why there is no sandbox."""
+    try:
+        sandbox.pick_mode()
+    except InputError as error:
+        return str(error)
+    outcomes = {}
+    for wall, listed in WALLS.items():
+        texts = [(prelude + code, "") for code in listed.values()]
+        outcomes[wall] = dict(zip(listed, sandbox.run_programs(texts, workers=8, timeout=SECONDS[wall])))
+    return outcomes
+
+
+def as_user(user, function, *args):
+    """What `function(*args)` returns when root or an ordinary user calls it. A text skips the test."""
+    if user == "root" and os.getuid() != 0:
+        pytest.skip("the tests do not run as root")
+    result = as_nobody(function, *args) if user != "root" and os.getuid() == 0 else function(*args)
+    if isinstance(result, str):
+        pytest.skip(result)
+    return result
+
+
+def as_nobody(function, *args):
+    """What `function(*args)` returns in a process of a user without any rights, or why there is none."""
+    heard, report = os.pipe()
+    child = os.fork()
+    if child == 0:
+        result = "an ordinary user cannot read this folder or Python"
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            pythons = [path for path in (sys.executable, "/usr/bin/python3") if os.access(path, os.X_OK)]
+            if pythons and os.access(sandbox.JAIL, os.R_OK):
+                sys.executable = pythons[0]
+                result = function(*args)
+        finally:
+            with open(report, "wb") as file:
+                pickle.dump(result, file)
+            os._exit(0)
+    os.close(report)
+    with open(heard, "rb") as file:
+        result = pickle.load(file)
+    os.waitpid(child, 0)
+    return result
 
 
 def processes():
-    """Command lines of all processes."""
+    """The command lines of all processes."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/cmdline", errors="replace") as file:
-                yield file.read().replace("\0", " ")
+            yield Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
         except OSError:
-            pass
+            pass  # it has ended
 
 
-@pytest.fixture(scope="module", params=["namespace", "user", "plain"])
-def attacked(request, tmp_path_factory):
-    """All attacks in one mode: {name: outcome}, and what is found of them afterwards."""
-    mode, place = request.param, tmp_path_factory.mktemp("sandbox")
-    if mode != "plain" and sandbox.isolation() != mode and not (mode == "user" and os.getuid() == 0 and sandbox._run("import json", 5, 2**29, mode).passed):
-        pytest.skip(f"mode {mode} does not work here")
-    planted = place / "caller" / "planted"
-    planted.parent.mkdir()
+@pytest.fixture(scope="module", params=["root", "ordinary user"])
+def attacked(request):
+    """All programs run by one user: ({wall: {what it tries: outcome}}, what is found afterwards)."""
+    folder = Path(tempfile.mkdtemp(prefix="caller-", dir="/tmp"))
+    planted = folder / "planted"
     planted.write_text("3")
     planted.chmod(0o666)
-    (place / "tmp").mkdir(mode=0o777)
-    attacks = ATTACKS | (NAMESPACE_ONLY if mode == "namespace" else {})
-    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as server:
-        patch.setattr(sandbox, "isolation", lambda: mode)
-        patch.setattr(tempfile, "tempdir", str(place / "tmp"))
-        patch.setenv("HHH_PLANTED", "3")
-        known = f"CALLER, PLANTED, PORT, ASLEEP = {os.getpid()}, {str(planted)!r}, {server.getsockname()[1]}, {ASLEEP!r}\n"
-        sources = [sandbox.with_tests(known + code, HELPED.get(name, TESTS), "f") for name, code in attacks.items()]
-        outcomes = dict(zip(attacks, sandbox.run_programs(sources, workers=8, timeout=TIMEOUT)))
+    folder.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        prelude = PRELUDE.format(planted=str(planted), caller=os.getpid(), port=port)
+        outcomes = as_user(request.param, attack, prelude)
         server.setblocking(False)
-        try:
+        with pytest.raises(BlockingIOError):  # nobody has called
             server.accept()
-            connected = True
-        except BlockingIOError:
-            connected = False
-    survivors = [line for line in processes() if ASLEEP in line or f"jail.py {mode} {TIMEOUT}" in line]
-    yield mode, outcomes, {"connected": connected, "survivors": survivors, "left": os.listdir(place / "tmp"),
-                           "planted": planted.read_text() if planted.exists() else None, "beside": os.listdir(planted.parent)}
+    ours = [f"jail.py sandbox {seconds} " for seconds in set(SECONDS.values())]
+    yield outcomes, {"planted": planted.read_text(), "beside it": os.listdir(folder),
+                     "in shared memory": os.path.exists(f"/dev/shm/hostile-{os.getpid()}"),
+                     "processes": [line for line in processes() if any(mark in line for mark in ours)]}
+    shutil.rmtree(folder)
 
 
-def test_no_attack_passes(attacked):
-    mode, outcomes, _ = attacked
-    assert len(outcomes) >= 60
-    assert {name: outcome for name, outcome in outcomes.items() if outcome.passed} == {}
+@pytest.mark.parametrize("wall", WALLS)
+def test_every_wall_holds(attacked, wall):
+    outcomes, _ = attacked
+    reasons = {tried: outcome.reason for tried, outcome in outcomes[wall].items()}
+    if wall in ("time", "clean-up"):
+        assert set(reasons.values()) == {"timeout" if wall == "time" else "passed"}, reasons
+    else:
+        through = {tried: reason for tried, reason in reasons.items() if reason in ("passed", "timeout")}
+        assert through == {}
 
 
-def test_attacks_leave_the_caller_unharmed(attacked):
-    _, _, found = attacked
-    assert found == {"connected": False, "survivors": [], "left": [], "planted": "3", "beside": ["planted"]}
+def test_hostile_programs_leave_nothing_behind(attacked):
+    assert sum(map(len, WALLS.values())) >= 60
+    _, found = attacked
+    assert found == {"planted": "3", "beside it": ["planted"], "in shared memory": False, "processes": []}
+
+
+def test_what_hostile_programs_say_harms_no_terminal(attacked):
+    outcomes, _ = attacked
+    details = [outcome.detail for wall in outcomes.values() for outcome in wall.values()]
+    assert all(detail.isprintable() and len(detail) < 2000 for detail in details)
+    assert outcomes["output"]["fails with a text that moves a terminal"].detail == (
+        r"ValueError: \x1b[2J\x1b]0;title\x07\r\n\u202e")
 
 
 def test_reasons(attacked):
-    mode, outcomes, _ = attacked
-    reasons = {"10 GB": "memory", "infinite loop": "timeout", "sleep for ever": "timeout", "endless output": "timeout", "os._exit": "killed",
-               "SystemExit": "error", "patching open and print": "wrong", "unfinished text": "error"}
-    assert {name: outcomes[name].reason for name in reasons} == reasons
-    assert outcomes["unfinished text"].detail.startswith("SyntaxError: ")
-    assert all(len(outcome.detail) < 400 for outcome in outcomes.values())
+    outcomes, _ = attacked
+    for wall, tried, reason in (("memory", "takes 800 MB in one piece", "memory"),
+                                ("output", "fails without memory to say so", "memory"),
+                                ("supervisor", "ends in good order before its tests", "killed"),
+                                ("supervisor", "breaks the interpreter", "killed"),
+                                ("supervisor", "leaves a text open, so that it takes in its tests", "error")):
+        assert outcomes[wall][tried].reason == reason
 
 
-HONEST = {
-    "prints": "print('hello')\nimport sys\nsys.stderr.write('x')",
-    "much output": "for i in range(20000): print('line', i)",
-    "standard library": "import bisect, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools, hashlib, heapq, itertools\n"
-                        "import json, math, operator, random, re, statistics, string, subprocess, sys, threading, time, typing, unittest\n"
-                        "assert hashlib.md5(b'').hexdigest()[:4] == 'd41d' and math.isclose(1, 1)",
-    "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import NamedTuple\n"
-                   "@dataclass\nclass P:\n    x: int = 1\nclass N(NamedTuple):\n    x: int\nassert P() == P(1) and N(1).x == 1",
-    "a file of its own": "with open('mine.txt', 'w') as file: file.write('3')\nassert open('mine.txt').read() == '3'",
-    "a temporary folder": "import os, tempfile\nwith tempfile.TemporaryDirectory() as folder:\n    open(os.path.join(folder, 'x'), 'w').close()",
-    "recursion": "def depth(n): return n and 1 + depth(n - 1)\nassert depth(900) == 900",
-    "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool: assert sum(pool.map(abs, range(9))) == 36",
-    "a main block": "if __name__ == '__main__':\n    print('main')",
-    "memory that is free again": "for _ in range(20): x = bytearray(100 * 2**20)",
-    "exceptions and their text": "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: assert 'division' in traceback.format_exc()",
-    "no input": "try: input()\nexcept EOFError: pass",
-    "a builtin's name": "def sum(a, b): return a + b",
-}
+def run_one(program, tests="", **settings):
+    """The outcome of one program. Skips the test where there is no sandbox."""
+    return run_all([(program, tests)], **settings)[0]
 
 
-@pytest.mark.parametrize("mode", ["namespace", "plain"])
-def test_honest_programs_pass(mode, monkeypatch):
-    if mode == "namespace" and sandbox.isolation() != mode:
-        pytest.skip("no namespaces here")
-    monkeypatch.setattr(sandbox, "isolation", lambda: mode)
-    sources = [sandbox.with_tests(code + "\ndef f(x):\n    return x + 1\n", TESTS, "f") for code in HONEST.values()]
-    outcomes = dict(zip(HONEST, sandbox.run_programs(sources, workers=4, timeout=20)))
-    assert {name: outcome for name, outcome in outcomes.items() if not outcome.passed} == {}
+def run_all(texts, **settings):
+    try:
+        mode = sandbox.pick_mode()
+    except InputError as error:
+        pytest.skip(str(error))
+    return sandbox.run_programs(texts, **{"mode": mode, "timeout": 20, **settings})
 
 
-def test_the_tests_see_an_entry_point_that_has_a_builtins_name():
-    tests = "assert sum(1, 2) == 3 and max(1, 2) == 2"
-    code = "def sum(a, b): return a + b\nmax = 5"
-    assert sandbox.run_program(sandbox.with_tests(code, tests, "sum")).passed
-    assert not sandbox.run_program(sandbox.with_tests(code, tests, "max")).passed
+def test_a_program_dies_with_its_supervisor():
+    run_one("")
+    command = [sys.executable, "-S", "-P", sandbox.JAIL, "sandbox", str(60 + MARK), str(2**29)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as supervisor:
+        supervisor.stdin.write(marshal.dumps(("import time\ntime.sleep(100)", "")))
+        supervisor.stdin.close()
+        ours = f"sandbox {60 + MARK} "
+        wait_until(lambda: sum(ours in line for line in processes()) == 2)
+        supervisor.kill()
+        wait_until(lambda: not any(ours in line for line in processes()))
 
 
-def test_outcomes_come_in_order_and_a_source_without_tests_passes_at_its_end():
-    outcomes = sandbox.run_programs([f"if {i % 3 == 0}: raise ValueError({i})" for i in range(12)], progress="running")
+def wait_until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+HONEST = programs("""
+# prints
+print("hello")
+sys.stderr.write("x")
+# prints much
+for i in range(20000): print("line", i)
+# uses the standard library
+import bisect, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools, hashlib, heapq
+import itertools, json, math, operator, random, re, sqlite3, statistics, string, subprocess, threading, typing
+import asyncio, multiprocessing, ssl, unittest, uuid, zoneinfo
+assert hashlib.md5(b"").hexdigest()[:4] == "d41d" and math.isclose(1, 1)
+# makes a dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
+@dataclass
+class P:
+    x: int = 1
+class N(NamedTuple):
+    x: int
+assert P() == P(1) and N(1).x == 1
+# pickles a class of its own
+import pickle
+class P: pass
+assert isinstance(pickle.loads(pickle.dumps(P())), P)
+# has a file of its own
+with open("mine.txt", "w") as file: file.write("3")
+assert open("mine.txt").read() == "3"
+# has a temporary folder
+import tempfile
+with tempfile.TemporaryDirectory() as folder: open(os.path.join(folder, "x"), "w").close()
+# throws output away
+print("x", file=open(os.devnull, "w"))
+# is deep
+def depth(n): return n and 1 + depth(n - 1)
+assert depth(900) == 900
+# has threads
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool: assert sum(pool.map(abs, range(9))) == 36
+# has an event loop
+import asyncio
+asyncio.run(asyncio.sleep(0))
+# has a main block
+if __name__ == "__main__": print("main")
+# frees memory
+for _ in range(20): x = bytearray(100 * 2**20)
+# reads the text of an exception
+import traceback
+try: 1 / 0
+except ZeroDivisionError: assert "division" in traceback.format_exc()
+# reads no input
+try: input()
+except EOFError: pass
+# takes a builtin's name
+def sum(a, b): return a + b
+""")
+TESTS = "assert f(2) == 3\n"
+
+
+@pytest.mark.parametrize("mode", ["sandbox", "unsafe"])
+def test_honest_programs_pass(mode):
+    texts = [(f"import os, sys\n{code}\ndef f(x): return x + 1\n", TESTS) for code in HONEST.values()]
+    outcomes = dict(zip(HONEST, run_all(texts, mode=mode)))
+    assert {tried: outcome for tried, outcome in outcomes.items() if not outcome.passed} == {}
+
+
+def test_tests_see_the_program_but_do_not_change_it():
+    program = "def sum(a, b): return a + b\ndef more(x): return sum(x, 1)"
+    assert run_one(program, "assert sum(1, 2) == 3\nsum = None\nassert more(1) == 2").passed
+    assert run_one(program, "assert sum(1, 2) == 4").reason == "wrong"
+    assert not run_one("def f(x):\n    \"\"\"", "assert True\n\"\"\"").passed  # a text that is not closed
+
+
+def test_outcomes_come_in_order():
+    texts = [(f"if {i % 3 == 0}: raise ValueError({i})", "") for i in range(12)]
+    outcomes = run_all(texts, progress="running")
     assert [outcome.passed for outcome in outcomes] == [i % 3 != 0 for i in range(12)]
     assert outcomes[3] == (False, "error", "ValueError: 3")
 
 
 def test_programs_run_alike_every_time():
     source = "assert False, (list({'a', 'b', 'c', 'd', 'e'}), hash('x'))"
-    assert len({sandbox.run_program(source).detail for _ in range(3)}) == 1
+    assert len({run_one(source).detail for _ in range(3)}) == 1
 
 
 def test_any_text_is_only_a_failure():
-    for text in ("\0", "\ud800", "(" * 5000, "def", "\t x", "x = '" + "y" * 10**6):
-        assert sandbox.run_program(text).reason in ("error", "killed", "memory")
+    texts = ("\0", "\ud800", "(" * 5000, "-" * 3000 + "1", "-" * 100_000 + "1", "def", "\t x",
+             "x = '" + "y" * 10**6)
+    outcomes = run_all([(text, "") for text in texts])
+    assert all(outcome.reason in ("error", "killed", "memory") for outcome in outcomes), outcomes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without a sandbox
+
+
+@pytest.mark.parametrize("user", ["root", "ordinary user"])
+def test_cleaning_up_never_fails_without_a_sandbox(user):
+    outcomes, left, other = as_user(user, make_messes)
+    assert {tried: outcome for tried, outcome in outcomes.items() if not outcome.passed} == {}
+    assert left == ["other"] and other == (0o500, ["file"])
+
+
+def make_messes():
+    """Leave everything untidy. Returns (outcomes, what is left where folders are made, another folder)."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", place)
+        other = Path(place) / "other"
+        other.mkdir()
+        (other / "file").touch()
+        other.chmod(0o500)
+        link = f"here = os.getcwd()\nos.rmdir(here)\nos.symlink({str(other)!r}, here)"
+        messes = WALLS["clean-up"] | {"its folder is a link": link}
+        texts = [("import os\n" + code, "") for code in messes.values()]
+        outcomes = dict(zip(messes, sandbox.run_programs(texts, "unsafe", timeout=20)))
+        return outcomes, os.listdir(place), (other.stat().st_mode & 0o777, os.listdir(other))
+
+
+def test_limits_hold_without_a_sandbox():
+    texts = {"while True: pass": "timeout", "x = [0] * 10**8": "memory",
+             "open('big', 'wb').write(bytes(2**25))": "error",
+             "files = [open('x', 'w') for _ in range(99)]": "error"}
+    outcomes = sandbox.run_programs([(text, "") for text in texts], "unsafe", timeout=2)
+    assert [outcome.reason for outcome in outcomes] == list(texts.values())
+
+
+def no_namespaces(*args, **settings):
+    raise InputError("no sandbox: OSError: [Errno 1] unshare: Operation not permitted")
+
+
+@pytest.mark.parametrize("unsafe, user, words", [
+    (False, 1000, "or run programs without a sandbox: --unsafe"), (True, 0, "--unsafe is not for root"),
+    (False, 0, "--unsafe"), (True, 1000, None)])
+def test_without_namespaces_the_user_decides(monkeypatch, capsys, unsafe, user, words):
+    monkeypatch.setattr(sandbox, "run_program", no_namespaces)
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    sandbox.pick_mode.cache_clear()
+    if words is None:
+        assert sandbox.pick_mode(unsafe) == "unsafe"
+        assert "nothing stops them from reading" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=words) as error:
+            sandbox.pick_mode(unsafe)
+        assert "needs Linux" in str(error.value) and "unshare: Operation not permitted" in str(error.value)
+    sandbox.pick_mode.cache_clear()
+
+
+def test_walls_that_cannot_be_built_are_no_wrong_answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "JAIL", tmp_path / "jail.py")
+    sandbox.JAIL.write_text("raise OSError('unshare: No space left on device')")
+    with pytest.raises(InputError, match="no sandbox: OSError: unshare: No space left on device"):
+        sandbox.run_program("")
+
+
+def break_sandbox():
+    sandbox.run_program = no_namespaces
+
+
+def test_the_scripts_say_in_one_line_what_is_missing(tmp_path, lm):
+    problem = {"task_id": "x/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "",
+               "canonical_solution": "    return x\n"}
+    raw = write_jsonl(tmp_path / "problems.jsonl", [problem])
+    for flags in (("evaluate.py", "humaneval", "--model", lm, "--data", raw, "--n", 1, "--k", 1),
+                  ("data/prepare.py", "code-correctness", "--raw", raw, "--out", tmp_path / "out.jsonl")):
+        done = run(*flags, before=break_sandbox)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        assert "the sandbox for programs needs Linux" in done.stderr and "--unsafe" in done.stderr
+
+
+def test_the_documentation_counts_these_programs():
+    text = (ROOT / "docs" / "sandbox.md").read_text()
+    rows = re.findall(r"^\| ([a-z\- ]+) \| (\d+) \|", text, re.MULTILINE)
+    assert dict(rows) == {wall: str(len(listed)) for wall, listed in WALLS.items()}
