@@ -25,6 +25,7 @@ from data.comparisons import load_comparisons
 from data.errors import InputError, Parser, run_main
 from data.files import check_writable, find_files, write_file
 from evals import choices, elo, perplexity, pm, programs, rerank, toxicity
+from evals.sandbox import sandbox
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
 
 
@@ -81,6 +82,7 @@ def parse_args():
              help="ask by the beginning of the function, or in the paper's dialogue (default: plain; prompt "
              "if --prompt is given)")
         flag("--problems", type=positive, help="only the first so many (default: all)")
+        flag("--unsafe", action="store_true", help=sandbox.UNSAFE_HELP)
     flag = add("toxicity", toxic, "toxicity of continuations",
                "prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), lines of "
                "{\"text\"}, or .txt with one a line", n=25, max_new=20, temperature=1.0, top_p=0.9)
