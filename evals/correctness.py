@@ -4,7 +4,7 @@ comparisons.
 The problems are those of MBPP or HumanEval, or the functions of any Python module whose docstrings hold
 examples for doctest; the word stdlib names the modules of Python's own library. The bodies are samples of a
 code model, as in the paper, or, where none is good enough, the function's own solution and small changes to
-it. All run in the sandbox, and the tests alone say which are correct: a changed body that passes is correct too.
+it. All run in the sandbox, and the tests alone say which are correct: a changed body that passes is correct.
 """
 import ast
 import doctest
@@ -51,7 +51,7 @@ def add_flags(parser):
     parser.add_argument("--keep_all", action="store_true",
                         help="keep functions without a pair, and blank and repeated samples: all --n as they "
                         "were drawn, as `evaluate.py rerank` needs them")
-    sandbox.add_flag(parser)
+    parser.add_argument("--unsafe", action="store_true", help=sandbox.UNSAFE_HELP)
     parser.set_defaults(prompt_tokens=None)
     add_sampling_flags(parser, n=8, max_new=300, temperature=0.6, top_p=0.95)
     plan.add_device_flags(parser)

@@ -28,17 +28,14 @@ NEEDS = ("the sandbox for programs needs Linux that lets you make namespaces (sy
          "--privileged)")
 WARNING = ("warning: there is no sandbox. The model's programs run as you: nothing stops them from reading, "
            "changing or deleting your files, using the network, or starting processes that stay")
+UNSAFE_HELP = ("if the system allows no sandbox, run programs as your own user, with limits on time and "
+               "memory only (default: refuse)")
 
 
 class Outcome(NamedTuple):
     passed: bool
     reason: str  # passed, wrong (a test failed), error (another exception), memory, timeout or killed
     detail: str = ""  # the exception, as the program tells it, without control characters
-
-
-def add_flag(parser):
-    parser.add_argument("--unsafe", action="store_true", help="if the system allows no sandbox, run programs "
-                        "as your own user, with limits on time and memory only (default: refuse)")
 
 
 @functools.cache
