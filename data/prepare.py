@@ -1,15 +1,14 @@
-"""Turn published files into comparison JSON lines. The name comes first; NAME --help shows the flags of
-that source.
+"""Turn published files into comparisons, one JSON object a line.
 
-  python -m data.prepare hellaswag --raw hellaswag_val.jsonl --out hellaswag.jsonl python -m data.prepare
-  ethics --set justice --raw justice_train.csv --out justice.jsonl python -m data.prepare stackexchange
-  --raw beer/Posts.xml.xz cooking/Posts.xml --out stackexchange.jsonl.zst python -m data.prepare
-  human-vs-model --raw stackexchange.jsonl --model out/imitation --out human-vs-model.jsonl python -m
-  data.prepare code-correctness --raw mbpp.jsonl --out code.jsonl python -m data.prepare stackexchange --raw
-  beer.stackexchange.com.7z --download --out beer.jsonl
+  python -m data.prepare hellaswag --raw hellaswag_val.jsonl --out hellaswag.jsonl
+  python -m data.prepare ethics --set justice --raw justice_train.csv --out justice.jsonl
+  python -m data.prepare stackexchange --raw beer/Posts.xml.xz cooking/Posts.xml --out posts.jsonl.zst
+  python -m data.prepare human-vs-model --raw posts.jsonl.zst --model out/imitation --out samples.jsonl
+  python -m data.prepare code-correctness --raw mbpp.jsonl --out code.jsonl
+  python -m data.prepare stackexchange --raw beer.stackexchange.com.7z --download --out beer.jsonl
 
-A published test split stays a test split: files named test are not mixed with others, each split has its
-own --out.
+The name of the data set comes first; NAME --help explains its flags. A published test split stays a test
+split: files named test are not read together with others, and each split has an --out of its own.
 """
 import argparse
 import contextlib
@@ -80,8 +79,8 @@ def main():
 
 
 def parse_args():
-    """(flags, module, function that yields the records) of the source that is named first. Only its module is
-    imported."""
+    """(flags, module, function that yields the records) of the source that is named first. Of the sources'
+    modules only this one is imported."""
     parser = Parser(prog="python -m data.prepare", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -11,7 +11,7 @@ from data import toy
 from data.comparisons import parse
 from data.errors import InputError
 from data.prompts import STOPS
-from data.sources.published import json_records
+from data.sources.count import json_records
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, samples
 
 

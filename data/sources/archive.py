@@ -10,8 +10,7 @@ from data.errors import InputError
 
 
 def read_lines(path, progress=None, member=None):
-    """As data.files.read_lines. Of a .7z archive: the lines of all its files, or of the one named
-    `member`."""
+    """As data.files.read_lines; of a .7z archive the lines of all its files, or of the file `member`."""
     if Path(path).suffix != ".7z":
         return files.read_lines(path, progress)
     return files.split_lines(path, _unpack(path, progress, member))

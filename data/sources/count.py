@@ -1,7 +1,8 @@
-"""What became of the records of the raw files: kept, left out on purpose, or broken. All are counted."""
+"""Reading records and counting what becomes of them: kept, left out on purpose, or broken."""
 from collections import Counter
 
 from data.errors import InputError
+from data.files import parse_json, read_lines
 
 PLACES = 5  # of so many broken records the place is remembered
 ENOUGH = 1000  # after so many records, too large a share of broken ones ends the reading at once
@@ -56,3 +57,37 @@ class Count:
             lines.append(f"{self._broken()}; they were left out, the first of them:")
             lines += [f"  {place}" for place in self.places]
         return lines
+
+
+def json_records(paths, count):
+    """Yield ("file:line", dict) for the lines of JSON-lines files. Broken lines are counted."""
+    for path in paths:
+        for number, line in read_lines(path, count.progress):
+            if not line.strip():
+                continue
+            count.total += 1
+            where = f"{path}:{number}"
+            try:
+                record = parse_json(path, number, line)
+            except InputError as error:
+                count.bad(where, str(error).removeprefix(f"{where}: "))
+            else:
+                yield where, record
+
+
+def converted_records(paths, count, convert):
+    """Yield convert(record) for the lines of JSON-lines files. Lines for which it raises an error are counted
+    as broken, and lines for which it raises LeftOut as left out."""
+    for where, record in json_records(paths, count):
+        try:
+            result = convert(record)
+        except LeftOut as reason:
+            count.drop(str(reason))
+        except KeyError as error:
+            count.bad(where, f"no {error}")
+        except ValueError as error:
+            count.bad(where, str(error))
+        except (TypeError, AttributeError) as error:
+            count.bad(where, f"a value of the wrong type ({error})")
+        else:
+            yield result

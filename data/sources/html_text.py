@@ -10,8 +10,8 @@ BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd blockquote pre tab
 
 
 def to_text(body):
-    """HTML as text: blank lines between paragraphs, ``` around blocks of code and ` around inline code, "-
-    ", "1. " and "> " before items and quotes, links as their text, no pictures."""
+    """HTML as text: blank lines between paragraphs, ``` around blocks of code and ` around inline code,
+    "- ", "1. " and "> " before items and quotes, links as their text, no pictures."""
     if not body.strip():
         return ""
     _writer.begin()
@@ -23,8 +23,7 @@ def to_text(body):
 
 
 class _Writer:
-    """Writes down as text what libxml2 finds in HTML. The parser calls start, data, end and, at last,
-    close."""
+    """Writes down as text what libxml2 finds. The parser calls start, data and end, and at last close."""
 
     def begin(self):
         self.out = []  # finished blocks and what separates them

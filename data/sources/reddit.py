@@ -8,15 +8,13 @@ What the paper filtered is not known, so the filters are our choice. Replies are
 posted within --max_age_gap of the first one, because early replies collect more votes. Deleted texts, bots,
 moderators and threads for adults are left out.
 """
-import json
 import zlib
 from collections import defaultdict
 from typing import NamedTuple
 
 from data.errors import InputError
-from data.files import read_lines
 from data.sources.buckets import gather
-from data.sources.count import LeftOut
+from data.sources.count import LeftOut, converted_records
 from data.text import find_special, valid_unicode
 
 BUCKETS = 64
@@ -63,34 +61,17 @@ def records(paths, args, count):
     def number(item):
         return zlib.crc32(item.submission.encode())
 
-    for items in gather(_items(paths, count), number, BUCKETS, args.out):
-        yield from _comparisons(items, args, count)
+    items = converted_records(paths, count, _parse)
+    for bucket in gather(items, number, BUCKETS, args.out):
+        yield from _comparisons(bucket, args, count)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading records
 
 
-def _items(paths, count):
-    for path in paths:
-        for line_number, line in read_lines(path, count.progress):
-            if not line.strip():
-                continue
-            count.total += 1
-            try:
-                item = _parse(json.loads(line))
-            except KeyError as error:
-                count.bad(f"{path}:{line_number}", f"no {error}")
-            except (ValueError, RecursionError) as error:
-                count.bad(f"{path}:{line_number}", str(error))
-            else:
-                yield item
-
-
 def _parse(record):
     """The Item of one line's JSON. Raises ValueError or KeyError if the record is broken."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object like {{…}}, found {str(record)[:40]!r}")
     if "title" in record:
         submission, parent = _string(record, "id"), None
         name, text = "t3_" + submission, _submission_text(record)
