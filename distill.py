@@ -52,12 +52,12 @@ def parse_args():
         help="language model to train: a checkpoint folder, a Hugging Face folder or a .gguf file")
     add("--teacher", help="another teacher with the same tokenizer (default: the initial model)")
     add("--prompt", metavar="FILE",
-        help="the prompt: a text file in the paper's format, or hhh, code, toy (default: toy for toy data, "
-        "else hhh)")
+        help="the prompt: a text file in the paper's format, or hhh, code, toy, toy:SEED (default: the toy "
+        "world's for toy data, else hhh)")
     add("--prompt_tokens", type=plan.positive(int), metavar="N",
         help="keep the prompt's preamble and as many of its last conversations as fit in N tokens")
     add("--data", nargs="+", default=["toy"],
-        help="files or folders of text for the first half of X, or toy (default: toy)")
+        help="files or folders of text for the first half of X, toy, or toy:SEED (default: toy)")
     add("--dialogue", nargs="+",
         help='files of {"text": "Human: …\\n\\nAssistant: …"} lines for the other half, as data.prepare '
         "stackexchange --dialogue makes them (default: the toy world's, for toy data)")
@@ -160,12 +160,12 @@ def main():
 
 def find_sources(args):
     """(text files, dialogue files, name of the prompt)."""
-    is_toy = args.data == ["toy"]
+    is_toy = toy.is_toy(args.data)
     if not args.dialogue and not is_toy:
         raise InputError("--dialogue is missing: half of X are dialogues; python -m data.prepare "
                          "stackexchange --dialogue makes them")
-    return (toy.find_data(args.data, "lm.jsonl"), toy.find_data(args.dialogue or ["toy"], "dialogue.jsonl"),
-            args.prompt or ("toy" if is_toy else "hhh"))
+    return (toy.find_data(args.data, "lm.jsonl"), toy.find_data(args.dialogue or args.data, "dialogue.jsonl"),
+            args.prompt or (args.data[0] if is_toy else "hhh"))
 
 
 def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):

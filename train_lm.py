@@ -35,7 +35,7 @@ def parse_args():
     add = parser.add_argument
     add("--data", nargs="+", default=["toy"],
         help='files or folders of text: {"text"} JSON lines or .txt, plain or compressed (.gz, .xz, .bz2, .zst); '
-        "or toy (default: toy)")
+        "toy, or toy:SEED for another toy world (default: toy)")
     add("--init",
         help="model to start from, which brings its size and tokenizer: a checkpoint folder, a Hugging Face "
         "folder or a .gguf file of the Llama family")

@@ -53,7 +53,8 @@ COUNTED = {  # what each objective's loss is a mean over
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", default=["toy"], help="comparison files or folders, or toy (default: toy)")
+    add("--data", nargs="+", default=["toy"],
+        help="comparison files or folders, toy, or toy:SEED for another toy world (default: toy)")
     add("--init",
         help="model to start from: a checkpoint folder (language model or preference model), a Hugging Face "
         "folder or a .gguf file of the Llama family")
@@ -210,7 +211,7 @@ def build_model(args, files, wants_head, device):
         model, tokenizer, meta = checkpoint.load(args.init, value_head=wants_head, seed=args.seed)
         plan.set_ctx(model, args.ctx or min(1024, model.config.ctx))
         return model, tokenizer, meta, False
-    text_for_bpe = toy.find_data(["toy"], "lm.jsonl") if args.data == ["toy"] else ()
+    text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)
     return plan.fresh_model(args, tokenizer, args.ctx or 1024, device, wants_head), tokenizer, None, False
 

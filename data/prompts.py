@@ -18,14 +18,14 @@ from data.text import find_special
 SEPARATOR = "\n\n-----"
 STOPS = ("\n\nHuman:", SEPARATOR)  # an answer ends where the human's turn or another conversation begins
 FOLDER = Path(__file__).parent / "prompts"
-NAMES = ("hhh", "code", "toy")  # the paper's kind of prompt, its variant for code, and the toy world's
+NAMES = ("hhh", "code", "toy")  # the paper's kind of prompt, its variant for code, a toy world's (also toy:3)
 
 
 def load_prompt(name):
     """The text of a prompt, one of NAMES or a file. Raises InputError if it cannot be read, is empty, or
     holds a special token."""
-    if name == "toy":
-        return toy.careful_prompt()
+    if toy.is_toy([name]):
+        return toy.careful_prompt(toy.toy_seed(name))
     path = FOLDER / f"{name}.txt" if name in NAMES else Path(name)
     if not path.is_file():
         raise InputError(f"{path}: no such prompt file; give a text file or one of {', '.join(NAMES)}")

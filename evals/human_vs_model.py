@@ -22,8 +22,11 @@ def add_flags(parser):
 
 
 def find_raw(paths):
-    """The files that --raw names; the word toy stands for the toy world's ranked comparisons."""
-    return [file for path in paths for file in (toy.find_data([path], "ranked.jsonl") if str(path) == "toy" else [path])]
+    """The files that --raw names; the name of a toy world stands for its ranked comparisons."""
+    files = []
+    for path in paths:
+        files += toy.find_data([path], "ranked.jsonl") if toy.is_toy([path]) else [path]
+    return files
 
 
 def records(paths, args, count):

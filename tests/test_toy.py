@@ -1,16 +1,24 @@
 """The toy world: the same files every time, and rankings that neither length nor a list of words gives
 away."""
 import hashlib
+import itertools
 import json
+from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_jsonl, run, run_well
+from conftest import read_jsonl, run, run_well, write_jsonl
 
+import distill
 from data import toy
 from data.comparisons import parse
+from data.errors import InputError
+from data.prompts import load_prompt
 from data.toy.comparisons import CONTENT, HHH, TONE
+from data.toy.words import WORDS
+from evals import human_vs_model
 
 # The first letters of the files' SHA-256: README's figures are of this world.
 DIGESTS = {
@@ -44,13 +52,51 @@ def test_world_0_is_the_same_to_the_last_byte():
 
 
 def test_the_command_writes_the_world_of_a_seed(tmp_path):
-    printed = run_well("data/toy/__main__.py", "--out", tmp_path / "one", "--seed", 3)
-    toy.write_world(tmp_path / "again", seed=3)
-    written = digests(tmp_path / "one")
-    assert written == digests(tmp_path / "again")
+    printed = run_well("data/toy/__main__.py", "--out", tmp_path, "--seed", 3)
+    written = digests(tmp_path)
+    assert written == digests(toy.toy_folder(3))
     assert [name for name in DIGESTS if written[name] == DIGESTS[name]] == ["count.txt"]
-    named = [line.split(":")[0] for line in printed.splitlines()]
-    assert named == [f"{tmp_path}/one/{name}" for name in DIGESTS]
+    assert [line.split(":")[0] for line in printed.splitlines()] == [f"{tmp_path}/{name}" for name in DIGESTS]
+
+
+def facts(seed):
+    """The facts of a world about towns and people, each as the sentences that state it."""
+    truths = toy.build_world(seed).truths
+    return {tuple(fact) for name in WORDS["towns"] + WORDS["people"] for fact in truths[name]}
+
+
+def test_each_seed_is_a_world_of_its_own(world):
+    for a, b in itertools.combinations(range(4), 2):
+        assert len(facts(a)) == len(facts(b)) == 128 and len(facts(a) & facts(b)) < 32  # an eighth by chance
+    for name in ("ranked", "lm"):
+        ours, others = ({json.dumps(record) for record in records}
+                        for records in (world[name], read_jsonl(toy.toy_folder(3) / f"{name}.jsonl")))
+        assert len(ours & others) < 0.01 * len(ours)
+
+
+def test_a_source_name_stands_for_a_world(tmp_path):
+    own = write_jsonl(tmp_path / "toy.jsonl", [])
+    assert toy.find_data(["toy", "toy:3", own], "ranked.jsonl") == [
+        toy.toy_folder(0) / "ranked.jsonl", toy.toy_folder(3) / "ranked.jsonl", own]
+    assert [toy.toy_seed(name) for name in ("toy", "toy:0", "toy:12", "toys", own)] == [0, 0, 12, None, None]
+    assert toy.is_toy(["toy", "toy:3"]) and not toy.is_toy(["toy", own])
+    for name in ("toy:", "toy:x", "toy:-1", "toy:1.5"):
+        with pytest.raises(InputError, match=f"{name}: a toy world is toy or toy:SEED"):
+            toy.find_data([name], "ranked.jsonl")
+
+
+def test_prompts_dialogues_and_human_texts_are_of_the_world_that_is_named():
+    assert load_prompt("toy:3") == toy.careful_prompt(3) != load_prompt("toy") == toy.careful_prompt()
+    args = Namespace(data=["toy:3"], dialogue=None, prompt=None)
+    assert distill.find_sources(args) == (toy.find_data(["toy:3"], "lm.jsonl"),
+                                          toy.find_data(["toy:3"], "dialogue.jsonl"), "toy:3")
+    assert human_vs_model.find_raw([Path("toy:3"), Path("file")]) == [
+        toy.toy_folder(3) / "ranked.jsonl", Path("file")]
+
+
+def test_a_preference_model_is_trained_on_another_world(tmp_path):
+    printed = run_well("train_pm.py", "--data", "toy:3", "--size", "test", "--steps", 1, "--out", tmp_path)
+    assert str(toy.toy_folder(3) / "ranked.jsonl") in printed
 
 
 def test_the_command_answers_mistakes_in_one_line(tmp_path):

@@ -2,7 +2,8 @@
 answers.
 
 People ask about facts, sums, lists and tasks, for harm, and riddles whose answer nobody can know. All of it
-is drawn from a seed. The folder of a world holds
+is drawn from a seed, and each seed is a world of its own: `--data toy` is world 0, `--data toy:3` is world
+3. The folder of a world holds
 
     lm.jsonl        {"text"}: pages of conversations, of prose and of counting; one author writes a page
     ranked.jsonl    comparisons of 2 to 5 completions, scored by the table below
@@ -35,8 +36,10 @@ world.
 """
 import json
 import random
+import re
 from pathlib import Path
 
+from data.errors import InputError
 from data.files import build_once, content_key, find_files, write_file
 from data.toy import comparisons, texts
 from data.toy.texts import careful_prompt, count_from
@@ -77,9 +80,25 @@ def code_key(*more):
     return content_key(sorted(Path(__file__).parent.glob("*.py")), *more)
 
 
-def find_data(paths, toy_name):
-    """The files that --data names. The word toy stands for the toy world's file `toy_name`."""
+def toy_seed(name):
+    """The seed of the toy world that a source name stands for: 0 for toy, 3 for toy:3. None for other
+    names."""
+    word, colon, seed = str(name).partition(":")
+    if word != "toy":
+        return None
+    if colon and not re.fullmatch("[0-9]+", seed):
+        raise InputError(f"{name}: a toy world is toy or toy:SEED, for example toy:3")
+    return int(seed or 0)
+
+
+def is_toy(names):
+    """True if all of these source names stand for toy worlds."""
+    return all(toy_seed(name) is not None for name in names)
+
+
+def find_data(names, toy_name):
+    """The files that --data names. A toy world's name stands for its file `toy_name`."""
     files = []
-    for path in paths:
-        files += [toy_folder() / toy_name] if str(path) == "toy" else find_files([path])
+    for name in names:
+        files += [toy_folder(toy_seed(name)) / toy_name] if is_toy([name]) else find_files([name])
     return files

@@ -16,7 +16,7 @@ def main():
     parser.add_argument("files", nargs="?", choices=WRITERS, default="world",
                         help="which files to write (default: world)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the files to")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives another world (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="which world (default: 0)")
     args = parser.parse_args()
     WRITERS[args.files](args.out, args.seed)
     for path in sorted(path for path in args.out.rglob("*") if path.is_file()):
