@@ -25,7 +25,7 @@ import random
 from pathlib import Path
 
 from data.files import build_once, content_key, write_file
-from data.sources import html_text, reddit, stackexchange, wikipedia
+from data.sources import buckets, html_text, reddit, stackexchange, wikipedia
 from data.sources.count import Count
 from data.toy import code_key, write_jsonl
 from data.toy.comparisons import TONE, Completion, Scales, draw_completions, draw_size
@@ -282,5 +282,5 @@ def prepared(name, seed=0):
         print(f"toy {name}: {len(records):,} comparisons of {count.total:,} records read", *count.summary(),
               sep="\n", flush=True)
 
-    key = code_key(content_key([reader.__file__, html_text.__file__]), flags)
+    key = code_key(content_key([reader.__file__, buckets.__file__, html_text.__file__]), flags)
     return build_once(f"toy-{name}-{seed}-{key}", build) / f"{name}.jsonl"
