@@ -29,7 +29,7 @@ def add_flags(parser):
     add("--max_age_gap", type=float, default=24,
         help="hours after the first reply within which others are compared with it (default: %(default)s)")
     add("--max_replies", type=int, default=8,
-        help="most completions of a comparison; of more replies, so many are taken evenly from best to worst "
+        help="most completions of a comparison; of more replies, an even selection from best to worst "
              "(default: %(default)s)")
     add("--max_depth", type=int, default=4, help="most comments above a reply (default: %(default)s)")
     add("--nsfw", action="store_true", help="keep threads that are marked as over 18")

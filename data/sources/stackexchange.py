@@ -221,8 +221,8 @@ def _answers(question, posts, dialogue):
 
 def score_of(votes, accepted):
     """The paper's score of an answer (Section 6): log2(1 + upvotes), rounded; plus 1 if it was accepted,
-    minus 1 if its votes are negative. The dump has votes as upvotes minus downvotes, which stand for both
-    here."""
+    minus 1 if its votes are negative. A dump has only the difference of upvotes and downvotes, so `votes` is
+    this difference, and where it is positive it takes the place of the upvotes."""
     return round(math.log2(1 + max(votes, 0))) + accepted - (votes < 0)
 
 
