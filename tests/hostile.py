@@ -172,6 +172,11 @@ some(lambda pid: os.kill(pid, 9), range(2, 5000))
 some(lambda pid: os.kill(pid, 19), range(2, 5000))
 # outlives the supervisor
 if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) < 0: raise OSError
+# finds the end of a pipe at which the supervisor listens
+import fcntl, stat
+def listens(file):
+    if not stat.S_ISFIFO(os.fstat(file).st_mode) or fcntl.fcntl(file, fcntl.F_GETFL) & 3: raise OSError
+some(listens, range(3, 64))
 # closes every file, so that there is no report
 os.closerange(0, 64)
 # ends in good order before its tests

@@ -149,6 +149,7 @@ def main():
     heard, report = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(heard)
         os.setsid()
         confine(mode, uid, timeout, memory)
         os.write(report, b"!")
