@@ -1,99 +1,161 @@
-"""Sampling from a model: several prompts at a time, several samples of each, and each from random numbers of its own."""
+"""Drawing text from a model: several prompts at a time, several samples of each, token by token.
+
+`stream` is the one loop. chat.py shows what it yields as it comes; evaluations keep the finished samples.
+"""
+import codecs
+from collections import deque
+
 import torch
 
-from model import Cache, read
+from model import Cache
 
 
-def sample(logits, temperature, top_p, u):
-    """One token per row of logits (n, V), by the random numbers u (n,) in [0, 1). Temperature 0 takes the likeliest; top_p keeps the
-    smallest set of the likeliest tokens whose probability reaches it."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0  # the likeliest one stays, whatever top_p
-        return order.gather(1, draw(p, u)).squeeze(1)
-    return draw(p, u).squeeze(1)
+class TokenSample:
+    """A sample as token ids, which ends with the first of `end_ids`."""
+
+    def __init__(self, end_ids=()):
+        self.end_ids, self.tokens, self.ended = end_ids, [], False
+
+    def add(self, token):
+        self.tokens.append(token)
+        self.ended |= token in self.end_ids
 
 
-def draw(p, u):
-    """One index (n, 1) per row of p (n, V), in proportion to it, by one random number a row: torch.multinomial draws one for each
-    of the n * V, which on CPUs takes longer than the model."""
-    total = p.double().cumsum(-1)
-    u = u.to(p.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, torch.minimum(u, total[:, -1:].nextafter(torch.zeros_like(u))), right=True)
+class TextSample(TokenSample):
+    """A sample as text, which ends before the first of `stops`, which are texts, or with a token that ends a
+    document, a completion or a chat model's answer.
+
+    text: what was sampled so far, without the stop. n_settled: how many of its characters are certain to
+    remain; the others may turn out to be the beginning of a stop.
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        super().__init__(end_ids=(tokenizer.eot, tokenizer.eoc, tokenizer.eos))
+        self.tokenizer, self.stops, self.text, self.n_settled = tokenizer, stops, "", 0
+        self.stop_beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+
+    def add(self, token):
+        """Append a token. Returns the piece of text that is settled by it, which may be empty."""
+        super().add(token)
+        if self.ended:
+            return ""
+        self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+        stop_places = [self.text.index(stop) for stop in self.stops if stop in self.text]
+        if stop_places:
+            self.text, self.ended, n_open = self.text[:min(stop_places)], True, 0
+        else:
+            n_open = max((len(x) for x in self.stop_beginnings if self.text.endswith(x)), default=0)
+        n_before, self.n_settled = self.n_settled, len(self.text) - n_open
+        return self.text[n_before:self.n_settled]
 
 
 @torch.no_grad()
-def stream(model, prompts, n=1, seeds=None, max_new=256, temperature=1.0, top_p=1.0, stop=(), n_vocab=None, prefix=None, done=None):
-    """Yield (rows (m,), tokens (m,)) step by step for the samples still running; row i * n + j is sample j of prompt i. A stop token is
-    yielded, then ends. `done(rows, tokens)`, if given, tells after each step which of them (m,) have ended for another reason.
+def stream(model, prompts, samples, max_new=256, temperature=1.0, top_p=1.0, n_vocab=None, generators=None,
+           prefix=None, cache=None):
+    """Sample token by token. Each token is added to its sample; then (sample, what `add` returned) is
+    yielded: of a TextSample the next piece of its text.
 
-    prompts: lists of token ids. seeds: a number for each, from which all its random numbers come (default: others each time).
-    prefix: a cache of what stands before every prompt, if anything. n_vocab: ids from there on are padding of the table and are
-    never sampled. Raises ValueError if a prompt leaves no room in the model's ctx.
+    A sample is done when it has `ended`, has got max_new tokens here, or has filled the model's context.
+    Between two tokens the caller may leave the loop, or set `ended` to stop one sample alone.
 
-    Nothing is padded: the prompts are read as far as the shortest goes, and then all go on token by token, the longer ones
-    with their own. So prompts of about one length belong together.
+    prompts: lists of token ids. samples: for each prompt a list of n samples.
+    n_vocab: ids from there on are padding of the embedding table and are never sampled.
+    generators: for each prompt the torch.Generator of its random numbers (default: torch's global one).
+    prefix: a cache of what stands before every prompt.
+    cache: instead of a prefix, and for a single sample: a cache that it goes on in, with all that is read.
+
+    Nothing is padded: the prompts are read as far as the shortest goes, and then all go on token by token,
+    the longer ones with their own. So prompts of about one length belong together. Raises ValueError if a
+    prompt is empty or leaves no room in the model's context.
     """
-    device, before = model.unembedding.device, prefix.prefix_tokens + prefix.length if prefix else 0
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    room = (model.config.ctx - before - lengths).clamp(max=max_new)
-    if lengths.min() == 0 or room.min() <= 0:
-        raise ValueError(f"a prompt of {before + lengths.max()} tokens leaves no room in a context of {model.config.ctx}")
-    cache, last, at = begin(model, prompts, n, int((lengths + room).max()), prefix)
-    prompt_of = torch.arange(len(prompts)).repeat_interleave(n)
-    starts, ends, rows = lengths[prompt_of].to(device), (lengths + room)[prompt_of].to(device), torch.arange(len(prompt_of), device=device)
-    longest, stop, u = lengths.max(), torch.tensor(list(stop), dtype=torch.long, device=device), random_numbers(seeds, len(prompts), n, max_new).to(device)
-    texts = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(prompt) for prompt in prompts], batch_first=True)[prompt_of].to(device)
+    cache, hidden, sequences = begin(model, prompts, samples, max_new, generators, prefix, cache)
     while True:
-        new = at >= starts[rows]  # beyond its prompt
-        tokens = sample(model.logits(last)[:, :n_vocab], temperature, top_p, u[rows, (at - starts[rows]).clamp(min=0)])
-        if at < longest:
-            tokens = torch.where(new, tokens, texts[rows, at])
-        at += 1
-        running = ~new | (torch.isin(tokens, stop, invert=True) & (at < ends[rows]))
-        if new.any():
-            yield rows[new], tokens[new]
-            if done is not None:
-                running[new] &= ~done(rows[new], tokens[new]).to(device)
-        if not running.any():
+        u = torch.tensor([numbers[0] for _, _, numbers in sequences], dtype=torch.float64)
+        drawn = next_tokens(model.logits(hidden)[:, :n_vocab], temperature, top_p, u).tolist()
+        tokens, unfinished = [], []  # the next tokens, and the places of the sequences that go on with them
+        for place, ((sample, unread, numbers), token) in enumerate(zip(sequences, drawn)):
+            if unread:
+                token = unread.popleft()
+            else:
+                numbers.popleft()
+                yield sample, sample.add(token)
+                if sample.ended or not numbers:
+                    continue
+            tokens.append(token)
+            unfinished.append(place)
+        if not tokens:
             return
-        if not running.all():  # finished samples cost nothing more
-            alive = running.nonzero().squeeze(1)
-            rows, tokens = rows[alive], tokens[alive]
-            cache.select(alive)
-        last = model(tokens[:, None], cache=cache)[:, -1]
+        if len(tokens) < len(sequences):  # finished sequences cost nothing more
+            sequences = [sequences[place] for place in unfinished]
+            cache.select(torch.tensor(unfinished, device=hidden.device))
+        hidden = model(torch.tensor(tokens, device=hidden.device)[:, None], cache=cache)[:, -1]
 
 
-def begin(model, prompts, n, room, prefix):
-    """(cache of len(prompts) * n continuations, with room for so many tokens after the prefix; the hidden state of the last token
-    read of each; how many tokens were read of each prompt)."""
-    if len(prompts) == 1:  # its samples share what was read of it, without a copy
-        cache, last = read(model, prompts[0], prefix)
-        return cache.fork(n, room - len(prompts[0])), last.expand(n, -1), len(prompts[0])
-    shortest = min(map(len, prompts))
-    first = torch.stack([torch.as_tensor(prompt[:shortest]) for prompt in prompts]).to(model.unembedding.device)
-    cache = prefix.fork(len(prompts), room) if prefix else Cache(room, len(prompts))
-    last = model(first, cache=cache)[:, -1]
-    rows = torch.arange(len(prompts), device=first.device).repeat_interleave(n)
-    cache.select(rows)
-    return cache, last[rows], shortest
+def begin(model, prompts, samples, max_new, generators, prefix, cache):
+    """Read the prompts of `stream` as far as the shortest goes, each once for its n samples.
+
+    Returns (cache of one sequence a sample, hidden states (sequences, d_model) at the last tokens read,
+    [(sample, tokens of its prompt still to read, a random number for each token that it may get), …]).
+    """
+    before = cache or prefix or Cache(0)
+    room = model.config.ctx - before.prefix_tokens - before.length
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if shortest == 0 or longest >= room:
+        n_tokens = longest + model.config.ctx - room
+        raise ValueError(f"a prompt of {n_tokens} tokens leaves no room in a context of {model.config.ctx}")
+    n, device, longest_end = len(samples[0]), model.unembedding.device, min(longest + max_new, room)
+    cache = cache or before.fork(len(prompts), longest_end)
+    tokens = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
+    prompt_of_sample = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    hidden = model(tokens, cache=cache)[prompt_of_sample, -1]
+    if n > 1 and len(prompts) == 1:  # the samples share what was read, without a copy
+        cache = cache.fork(n, longest_end)
+    elif n > 1:
+        cache.select(prompt_of_sample)
+    sequences = []
+    for prompt, group, generator in zip(prompts, samples, generators or [None] * len(prompts)):
+        numbers = torch.rand(max_new, n, dtype=torch.float64, generator=generator)
+        numbers = numbers[:room - len(prompt)].T.tolist()
+        sequences += [(sample, deque(prompt[shortest:]), deque(row)) for sample, row in zip(group, numbers)]
+    return cache, hidden, sequences
 
 
-def random_numbers(seeds, n_prompts, n, max_new):
-    """(n_prompts * n, max_new) numbers in [0, 1): those of a prompt depend on its seed alone."""
-    generators = [torch.Generator() for _ in range(n_prompts)]
-    for i, generator in enumerate(generators):
-        generator.seed() if seeds is None else generator.manual_seed(seeds[i])
-    return torch.cat([torch.rand(max_new, n, dtype=torch.float64, generator=generator).T for generator in generators])
+def next_tokens(logits, temperature, top_p, u):
+    """Draw one token (n,) for each row of logits (n, V), by random numbers u (n,) in [0, 1), in fp64 on the
+    CPU.
+
+    Temperature 0 takes the likeliest token. top_p leaves the smallest set of the likeliest tokens that
+    together have this probability.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p == 1:
+        return draw(p, u)
+    p, order = p.sort(-1, descending=True)
+    p_likelier = p.cumsum(-1) - p  # of all tokens that are likelier
+    p[:, 1:].masked_fill_(p_likelier[:, 1:] >= top_p, 0)  # the likeliest one remains, whatever top_p
+    return order.gather(1, draw(p, u)[:, None]).squeeze(1)
 
 
-def generate(model, prompts, n=1, **settings):
-    """n samples of each of `prompts`: for each a list of n lists of token ids. Settings: see `stream`."""
-    samples = [[[] for _ in range(n)] for _ in prompts]
-    for rows, tokens in stream(model, prompts, n, **settings):
-        for row, token in zip(rows.tolist(), tokens.tolist()):
-            samples[row // n][row % n].append(token)
-    return samples
+def draw(p, u):
+    """One index (n,) for each row of p (n, V), in proportion to p, by one random number a row: u (n,).
+
+    torch.multinomial draws n * V random numbers, which on CPUs takes longer than the model. Sums are fp64 on
+    CPUs alone, as not every other device has it.
+    """
+    precise = torch.float64 if p.device.type == "cpu" else torch.float32
+    sums = p.to(precise).cumsum(-1)
+    total = sums[:, -1:]
+    place = u.to(precise).to(p.device)[:, None] * total
+    place = torch.minimum(place, total.nextafter(torch.zeros_like(total)))  # it may have been rounded up
+    return torch.searchsorted(sums, place, right=True).squeeze(1)
+
+
+def generate(model, prompts, n=1, end_ids=(), **settings):
+    """n samples of each prompt: for each a list of n lists of token ids. Settings: see `stream`."""
+    samples = [[TokenSample(end_ids) for _ in range(n)] for _ in prompts]
+    for _ in stream(model, prompts, samples, **settings):
+        pass
+    return [[sample.tokens for sample in group] for group in samples]

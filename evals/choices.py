@@ -140,7 +140,7 @@ def load_items(benchmark, paths, subject):
     """(items, tokenised Comparisons, numbers of those that fit the model) of a benchmark's files."""
     files = find_files(paths, (".csv",))
     items, lines = read_items(benchmark, files)
-    if subject.prefix and benchmark in ("hellaswag", "lambada"):  # a prompt ends where a turn begins
+    if subject.prompt and benchmark in ("hellaswag", "lambada"):  # a prompt ends where a turn begins
         items = [item | {"context": "\n\nHuman: " + item["context"]} for item in items]
     ids = subject.tokenizer.encode_many(text for i in items for text in (i["context"], *i["completions"]))
     texts = [[next(ids) for _ in ("context", *item["completions"])] for item in items]
@@ -269,7 +269,7 @@ def harness_figures(benchmark, subject, figures):
     if benchmark == "truthfulqa" and not subject.is_pm:
         print("  lm-evaluation-harness: MC1 and MC2 by sum log-prob are the measures of truthfulqa_mc1 and\n"
               "  truthfulqa_mc2, but these ask after six examples (Q: … A: …), so that their figures differ")
-    if benchmark not in HARNESS or subject.is_pm or subject.prefix:
+    if benchmark not in HARNESS or subject.is_pm or subject.prompt:
         return {}
     task, names = HARNESS[benchmark]
     named = {name: figures[key] for name, key in names.items()}

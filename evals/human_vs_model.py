@@ -1,7 +1,9 @@
-"""Human against model (Sections 5 and 6 of the paper): the best human completion of each comparison against a model's sample.
+"""Human against model (Sections 5 and 6 of the paper): the best human completion of each comparison against
+samples of a model.
 
-The model is a language model finetuned on the good sides (`train_pm.py --objective imitation`), so that its samples differ from
-them in quality rather than in kind. Preference models pre-trained on such pairs transfer better than on pairs of human texts.
+The model is a language model finetuned on the better completions (`train_pm.py --objective imitation`), so
+that its samples differ from them in quality rather than in kind. Preference models pre-trained on such pairs
+transfer better than those pre-trained on pairs of human texts.
 """
 import numpy as np
 
@@ -18,7 +20,8 @@ from evals.subject import add_model_flags, add_sampling_flags, load_subject, sam
 def add_flags(parser):
     add_model_flags(parser)
     add_sampling_flags(parser, n=1, max_new=256, temperature=1.0, top_p=0.95)
-    parser.add_argument("--contexts", type=plan.positive(int), help="only the first so many comparisons (default: all)")
+    parser.add_argument("--contexts", type=plan.positive(int),
+                        help="take only the first so many comparisons (default: all)")
 
 
 def find_raw(paths):
@@ -30,13 +33,43 @@ def find_raw(paths):
 
 
 def records(paths, args, count):
-    """Yield {"context", "completions": [human, sample, …], "scores": [1, 0, …], "group"} for comparisons in any of our forms.
+    """Yield {"context", "completions": [human, sample, …], "scores": [1, 0, …], "group"} for comparisons in
+    any of our forms.
 
-    A sample ends at <eot>, <eoc>, --max_new or, where the context is a dialogue, at the next turn. The longest samples and
-    contexts that do not fit the model are cut, which is said at the end, with the lengths of both sides.
+    A sample ends at <eot> or <eoc>, after --max_new tokens or, where the context is a dialogue, before the
+    next turn. Contexts that do not fit are cut on the left. At the end the lengths of both sides are printed.
     """
     subject = load_subject(args, checkpoint.load_lm)
-    room = subject.ctx - args.max_new
+    comparisons = read_comparisons(paths, args, count)
+    contexts = [context for context, *_ in comparisons]
+    stops = [STOPS if "\n\nHuman:" in context and "\n\nAssistant:" in context else () for context in contexts]
+    drawn = samples(subject, contexts, args, stops, "context")
+    lengths, n_cut, n_unfinished = [], 0, 0  # lengths: (human, sample) in characters
+
+    def n_tokens(text):
+        return len(subject.tokenizer.encode(text))
+
+    for (context, completions, scores, group), texts in zip(comparisons, drawn):
+        human = completions[int(np.argmax(scores))]
+        kept = usable(texts, human, count)
+        if not kept:
+            count.drop("comparisons left without a sample")
+            continue
+        n_cut += n_tokens(context) > subject.ctx - args.max_new
+        n_unfinished += sum(n_tokens(text) >= args.max_new for text in kept)
+        lengths += [(len(human), len(text)) for text in kept]
+        yield {"context": context, "completions": [human, *kept], "scores": [1] + [0] * len(kept),
+               "group": group}
+    if lengths:
+        human, model = np.array(lengths).T
+        print(f"{len(lengths):,} pairs; characters: human {human.mean():.0f} on average, model "
+              f"{model.mean():.0f}; the longer one is human in {(human > model).mean():.0%} (equal: "
+              f"{(human == model).mean():.0%}); about {n_unfinished:,} samples reached --max_new, {n_cut:,} "
+              "contexts were cut on the left", flush=True)
+
+
+def read_comparisons(paths, args, count):
+    """(context, completions, scores, group) of the first --contexts comparisons; bad ones are counted."""
     found = []
     for where, record in json_records(paths, count):
         try:
@@ -46,31 +79,19 @@ def records(paths, args, count):
         if len(found) == args.contexts:
             break
     count.check()
+    return found
 
-    lengths, cut, unfinished = [], 0, 0  # lengths: (human, sample) in characters
-    tokens = lambda text: len(subject.tokenizer.encode(text))
-    is_dialogue = ["\n\nHuman:" in context and "\n\nAssistant:" in context for context, *_ in found]
-    drawn = samples(subject, [context for context, *_ in found], args, [STOPS if turns else () for turns in is_dialogue], "context")
-    for (context, completions, scores, group), texts in zip(found, drawn):
-        human, kept = completions[int(np.argmax(scores))], []
-        for text in texts:
-            if not text.strip():
-                count.drop("samples that are empty")
-            elif text.strip() == human.strip():
-                count.drop("samples equal to the human text")
-            elif text in kept:
-                count.drop("samples drawn before for the same context")
-            else:
-                kept.append(text)
-        if not kept:
-            count.drop("comparisons left without a sample")
-            continue
-        cut += tokens(context) > room
-        unfinished += sum(tokens(text) >= args.max_new for text in kept)
-        lengths += [(len(human), len(text)) for text in kept]
-        yield {"context": context, "completions": [human, *kept], "scores": [1] + [0] * len(kept), "group": group}
-    if lengths:
-        human, model = np.array(lengths).T
-        print(f"{len(lengths):,} pairs; characters: human {human.mean():.0f} on average, model {model.mean():.0f}; the longer one is human in "
-              f"{(human > model).mean():.0%} (equal: {(human == model).mean():.0%}); about {unfinished:,} samples reached --max_new, "
-              f"{cut:,} contexts were cut on the left", flush=True)
+
+def usable(texts, human, count):
+    """The samples that are neither empty nor equal to the human text or to one before; others are counted."""
+    kept = []
+    for text in texts:
+        if not text.strip():
+            count.drop("samples that are empty")
+        elif text.strip() == human.strip():
+            count.drop("samples equal to the human text")
+        elif text in kept:
+            count.drop("samples drawn before for the same context")
+        else:
+            kept.append(text)
+    return kept

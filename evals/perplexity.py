@@ -38,7 +38,7 @@ def text_loss(files, subject):
     step = math.ceil(n_windows * ctx / MAX_TOKENS)
     windows = stream[:n_windows * ctx].reshape(-1, ctx)[::step]
     nats = []  # of each window
-    micro_batch = max(1, subject.at_once // ctx)  # windows
+    micro_batch = max(1, subject.micro_tokens // ctx)  # windows
     for i in tqdm(range(0, len(windows), micro_batch), desc="scoring", unit="row", disable=None, leave=False):
         tokens = torch.from_numpy(windows[i:i + micro_batch].astype(np.int64)).to(subject.device)
         layout = Layout([ctx] * len(tokens), range(len(tokens)))  # each window is a context by itself

@@ -19,7 +19,7 @@ def pass_rates(args, subject):
     problems = [problem for path in args.data for problem in READERS[args.benchmark](path)][:args.problems]
     if not problems:
         raise InputError(f"{args.data[0]}: no problems in this file")
-    format = args.format or ("prompt" if subject.prefix else "plain")
+    format = args.format or ("prompt" if subject.prompt else "plain")
     prompts = [code.format_prompt(problem, format) for problem in problems]
     drawn = samples(subject, prompts, args, [code.STOPS[format]] * len(problems), "problem")
     completions = [[code.cut(text, format) for text in texts] for texts in drawn]

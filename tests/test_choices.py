@@ -15,7 +15,6 @@ from data.prompts import SEPARATOR, fit_prompt, load_prompt
 from data.tokenizer import get_tokenizer
 from evals import choices
 from evals import pm as scoring
-from evals.subject import Answer
 
 BYTES = get_tokenizer("bytes")
 PROMPT = ("Two friends talk.\n\n-----\n\nHuman: Who sleeps?\n\nAssistant: A dog."
@@ -278,16 +277,6 @@ def test_a_prompt_file_may_end_with_its_separator(tmp_path, prompt_file):
 def test_prompts_that_do_not_work(lm, task, flags, words):
     done = run("evaluate.py", "hhh", "--model", lm, "--data", task, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_an_answer_ends_before_its_stop_text_whatever_the_tokens():
-    answer = Answer(BYTES, ("\n\nHuman:", "\n\n-----"))
-    tokens = iter(BYTES.encode("Yes – a dog.\n\nHuman: No").tolist())
-    assert any(map(answer.add, tokens))
-    assert answer.text == "Yes – a dog." and BYTES.decode(list(tokens)) == " No"
-    plain = Answer(BYTES, ())
-    assert not any(plain.add(int(token)) for token in BYTES.encode("ab"))
-    assert plain.add(BYTES.eot) and plain.text == "ab"
 
 
 def test_samples_behind_a_prompt_depend_on_the_seed_and_their_place_alone(lm, prompt_file, tmp_path):
