@@ -151,7 +151,7 @@ def read_records(path, progress=None):
 
 
 def read_json(path):
-    """The JSON object that a whole file holds. Raises InputError with the file if it is missing or damaged."""
+    """The JSON object that a file holds. Raises InputError with the file if it is missing or damaged."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(content, dict):
