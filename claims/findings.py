@@ -1,180 +1,323 @@
-"""From the items that runs wrote to findings: paired differences with 95 % intervals, verdicts, bars.
+"""The claims' statistics: means and paired differences with 95 % intervals, and the verdicts that these give.
 
-An arm of a comparison is a list of runs, one for each seed, or, where it was run on several sets, {set: such a list}.
+An arm is {set: [the run of each seed]}, with one set called "" where there are no sets. Its values have
+{item: (value, group)} in each run's place.
 """
 import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from claims.scales import size_label
 from data.errors import InputError
-from evals import choices, pm
+from evals import choices, elo, pm
+
+RESAMPLED = 1000  # times, in a bootstrap
+# Student's 97.5 % quantile for the mean of n numbers
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Values of items
+
+
+def pairs_right(run, key=None):
+    """{comparison: (the share of its pairs that is ranked right, group)} of an `evaluate.py pm` run, by the
+    scores called key, or by those that the model is scored by."""
+    found = {}
+    for item in run.items():
+        scores = np.array(item[key or run.figures["score"]])
+        margin, weight, _ = pm.margins([np.array(item["scores"])], [scores])
+        found[item["where"]] = float((weight * pm.right(margin)).sum()), item["group"]
+    return found
+
+
+def choice_right(rule, category=None, hit=choices.hit):
+    """A score of multiple-choice runs: 1 where the best choice by the rule is the right one."""
+    return lambda run: {item["item"]: (hit(np.array(item["scores"]), np.array(item[rule])), item["group"])
+                        for item in run.items() if category in (None, item.get("category"))}
+
+
+def values(arms, score=pairs_right):
+    """Arms, in any nest of dicts, with score(run) -> {item: (value, group)} in each run's place."""
+    if isinstance(arms, dict):
+        return {name: values(part, score) for name, part in arms.items()}
+    return [score(run) for run in arms]
+
+
+def minus(first, second):
+    """Values minus others of the same form, item by item."""
+    if isinstance(first, dict):
+        return {name: minus(part, second[name]) for name, part in first.items()}
+    return [paired(*both) for both in zip(first, second)]
+
+
+def paired(first, second):
+    common = {item: (value - second[item][0], group) for item, (value, group) in first.items()
+              if item in second}
+    if not common:
+        raise InputError("no item is common to the runs that a claim compares")
+    return common
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Means with their intervals
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval, what the interval is over, and what data it comes from."""
+    effect: float
+    low: float
+    high: float
+    over: str = "groups and seeds"
+    data: str = ""
+
+
+def mean(found, scale=100, less=0.0):
+    """The Estimate of the mean of an arm's values over items, seeds and sets, less a number; times the scale.
+
+    Seeds that gave the same values are one model, scored several times, and count once."""
+    rows = list(zip(*found.values()))  # for each seed the values of every set
+    rows = [row for number, row in enumerate(rows) if row not in rows[:number]]
+    errors, n_items, n_groups = [], 0, 0
+    for seeds in zip(*rows):
+        items = [(scale * value, 1 / len(own), group) for own in seeds for value, group in own.values()]
+        value, weight, group = map(np.array, zip(*items))
+        errors.append(pm.mean_and_error(value, weight, group)[1])
+        n_items, n_groups = n_items + len(seeds[0]), n_groups + len(set(group))
+    by_set = [[np.mean([value for value, _ in own.values()]) for own in row] for row in rows]
+    return joined(scale * (np.mean(by_set, axis=1) - less), errors, n_items, n_groups)
+
+
+def joined(by_seed, errors, n_items, n_groups):
+    """The Estimate of the mean of one number for each seed, given each set's standard error by group.
+
+    The half-widths over groups and over seeds (Student's) are joined like those of independent things. With a
+    single seed, or without groups, the interval is over the other alone."""
+    n_seeds, halves = len(by_seed), {}
+    if n_groups > 1:
+        error = math.sqrt(np.nansum(np.square(errors))) / len(errors)  # of a mean of independent sets
+        halves["groups"] = 1.96 * error
+    if n_seeds > 1:
+        halves["seeds"] = STUDENT.get(n_seeds, 2.2) * np.std(by_seed, ddof=1) / math.sqrt(n_seeds)
+    middle, half = np.mean(by_seed), math.hypot(*halves.values()) if halves else math.inf
+    data = f"{n_items:,} items in {n_groups:,} groups, " if n_groups > 1 else ""
+    data += f"{n_seeds} seed{'s' * (n_seeds > 1)}"
+    return Estimate(middle, middle - half, middle + half, " and ".join(halves), data)
+
+
+def over_seeds(numbers, scale=1):
+    """The Estimate of the mean of one number for each seed, which has no items."""
+    return mean({"": [{"": (float(number), "")} for number in numbers]}, scale)
+
+
+def gain_over_members(ensemble, members):
+    """The Estimate of how much more often an ensemble is right than its members on average, over groups, as
+    there is one ensemble. ensemble, members: the values of its run, and of a run for each member."""
+    average = {name: [{item: (np.mean([own[item][0] for own in seeds]), group)
+                       for item, (_, group) in seeds[0].items()}] for name, seeds in members.items()}
+    return mean(minus(ensemble, average))
+
+
+def resample(n):
+    """How often each of n groups is drawn in each resampling: (RESAMPLED, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLED)
+
+
+def overconfidence(arm):
+    """The Estimate of how much less often preference models are right where they give a probability of 75 %,
+    in points; below 0 they are right more often. The interval over groups is a bootstrap's."""
+    by_set, errors, n_items, n_groups = [], [], 0, 0
+    for runs in arm.values():
+        by_seed, resampled = zip(*map(surplus_at_75, runs))
+        by_set.append(by_seed)
+        errors.append(np.mean(resampled, axis=0).std())
+        n_items, n_groups = n_items + runs[0].figures["n"], n_groups + runs[0].figures["groups"]
+    return joined(np.mean(by_set, axis=0), errors, n_items, n_groups)
+
+
+def surplus_at_75(run):
+    """(75 minus how often the model is right there, in %; the same in each resampling of the groups).
+
+    It follows from the slope b with which sigmoid(b * margin) fits best how often the better completion
+    wins; 1 is calibrated. In a resampling the slope is one Newton step away."""
+    items = run.items()
+    scores = ([np.array(item[key]) for item in items] for key in ("scores", "reward"))
+    margin, weight, comparison = pm.margins(*scores)
+    group = np.unique([items[i]["group"] for i in comparison], return_inverse=True)[1]
+    slope = 1.0
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(slope * margin, -500, 500)))
+        gradient = np.bincount(group, weight * margin * (1 - p))
+        curvature = np.bincount(group, weight * margin**2 * p * (1 - p)) + 1e-12
+        slope += np.clip(gradient.sum() / curvature.sum(), -1, 1)
+    draws = resample(len(gradient))
+    slopes = np.append(slope, slope + (draws @ gradient) / (draws @ curvature))
+    surplus = 75 - 100 / (1 + 3 ** -np.clip(slopes, -50, 50))
+    return surplus[0], surplus[1:]
+
+
+def elo_difference(runs, first, second):
+    """The Estimate of a player's Elo minus another's; the interval over contexts is a bootstrap's."""
+    by_seed, resampled = [], []
+    for run in runs:
+        names, shares = games_by_context(run.items())
+        counts = np.concatenate([np.ones((1, len(shares))), resample(len(shares))])
+        elos = elo.fit(np.tensordot(counts, shares, 1))
+        difference = elos[:, names.index(first)] - elos[:, names.index(second)]
+        by_seed.append(difference[0])
+        resampled.append(difference[1:])
+    return joined(by_seed, [np.mean(resampled, axis=0).std()], len(shares), len(shares))
+
+
+def games_by_context(games):
+    """(names, shares (contexts, n, n)): what part of the game in each context player i won against player
+    j."""
+    pairs = {}
+    for game in games:
+        pairs.setdefault((game["model_a"], game["model_b"]), []).append(game["winner"])
+    if len(set(map(len, pairs.values()))) > 1:
+        raise InputError("the players did not all continue the same contexts")
+    names = sorted({name for pair in pairs for name in pair})
+    shares = np.zeros((len(games) // len(pairs), len(names), len(names)))
+    for (a, b), won in pairs.items():
+        shares[:, names.index(a), names.index(b)] = won
+        shares[:, names.index(b), names.index(a)] = 1 - np.array(won)
+    return names, shares
+
+
+def beyond_rulers(runs):
+    """The Estimate of how much more often preference models are right than the better one of "longer wins"
+    and "shorter wins" on the same comparisons."""
+    found = [run.figures for run in runs]
+    ruler = max(("longer_wins", "shorter_wins"), key=lambda name: sum(own[name] for own in found))
+    gains = [100 * (own["accuracy"] - own[ruler]) for own in found]
+    errors = [100 * math.hypot(own["accuracy_se"], own[f"{ruler}_se"]) for own in found]
+    return joined(gains, [np.mean(errors)], found[0]["n"], found[0]["groups"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Findings
 
 
 @dataclass
 class Finding:
-    """One comparison: what, the difference with its 95 % interval, in `unit`, what that says, and what the interval is over."""
+    """What was compared, the difference with its 95 % interval, and what that says. within: what counts as
+    none."""
     what: str
     effect: float
     low: float
     high: float
+    over: str
+    data: str
     verdict: str
     unit: str = "points"
-    over: str = "groups and seeds"
+    within: float = 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's items -> {item: (value, group)}
+def above(what, estimate, unit="points"):
+    """The Finding that it is above 0."""
+    verdict = "holds" if estimate.low > 0 else "does not hold" if estimate.high < 0 else "cannot tell"
+    return Finding(what, *estimate, verdict, unit)
 
 
-def hits(rule, category=None, hit=choices.hit):
-    """A function run -> {item: (1 where the best-scored choice is the right one, group)}, of multiple-choice runs."""
-    right = lambda item: hit(np.array(item["scores"]), np.array(item[rule]))
-    return lambda run: {item["item"]: (right(item), item["group"]) for item in run.items() if category in (None, item.get("category"))}
+def equal(what, estimate, unit="points", within=3.0):
+    """The Finding that it is about 0: its interval lies within so much of 0, whether or not 0 is in it. What
+    has a wider interval, without 0 in it, is not equal."""
+    verdict = "does not hold" if estimate.low > 0 or estimate.high < 0 else "cannot tell"
+    verdict = "holds" if -within < estimate.low and estimate.high < within else verdict
+    return Finding(what, *estimate, verdict, unit, within)
 
 
-def pairs_right(run, key=None):
-    """{comparison: (share of its pairs ranked right, group)} of an `evaluate.py pm` run."""
-    values = {}
-    for item in run.items():
-        margin, weight, _ = pm.margins([np.array(item["scores"])], [np.array(item[key or run.figures["score"]])])
-        values[item["where"]] = (float((weight * pm.right(margin)).sum()), item["group"])
-    return values
+def not_above(what, estimate, unit="points", within=3.0):
+    """The Finding that it is not above 0 by more than so much."""
+    verdict = "holds" if estimate.high < within else "does not hold" if estimate.low > 0 else "cannot tell"
+    return Finding(what, *estimate, verdict, unit, within)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differences and their intervals
+SIGNS = {">": above, "=": equal, "<=": not_above}
 
 
-def by_set(arm):
-    """An arm as {set: runs}; the name of its only set is ""."""
-    return arm if isinstance(arm, dict) else {"": arm}
+def compared(sentence, found, chance=0.5, prefix="", **options):
+    """The Findings on a sentence about {arm: values}, such as "distilled = prompted", "prompted > plain",
+    "small <= large" or "prompted > chance": on the mean of the sets and, where there are several, on each of
+    them."""
+    first, sign, second = re.split(" (>|=|<=) ", sentence)
+    gains, less = (found[first], chance) if second == "chance" else (minus(found[first], found[second]), 0.0)
+    scale, n = 100 if options.get("unit", "points") == "points" else 1, len(gains)
+    parts = {f", mean of {n} sets" if n > 1 else "": gains}
+    if n > 1:
+        parts |= {f", {name}": {name: own} for name, own in gains.items()}
+    return [SIGNS[sign](f"{prefix}{first} minus {second}{what}", mean(own, scale, less), **options)
+            for what, own in parts.items()]
 
 
-def valued(arm, values=pairs_right):
-    """The same arm with values(run) in each run's place."""
-    return {name: [values(run) for run in runs] for name, runs in by_set(arm).items()}
+# ------------------------------------------------------------------------------------------------------------
+# Outcomes
 
 
-def difference(first, second):
-    """(effect, low, high) in points: second minus first, two valued arms; of several sets the mean. The 95 % interval joins the one
-    over test groups (of differences averaged over seeds) with Student's over seeds, as the two are independent."""
-    by_seed, errors = [], []
-    for name in first:
-        pairs = list(zip(first[name], second[name]))
-        items = sorted(set.intersection(*(set(part) for pair in pairs for part in pair)))
-        if not items:
-            raise InputError("no item is common to the runs that a claim compares")
-        d = 100 * np.array([[b[i][0] - a[i][0] for i in items] for a, b in pairs])
-        groups = np.array([str(pairs[0][0][i][1]) for i in items])
-        by_seed.append(d.mean(1))
-        errors.append(pm.mean_and_error(d.mean(0), np.ones(len(items)), groups)[1])
-    by_seed = np.mean(by_seed, 0)
-    error = math.sqrt(np.nansum(np.square(errors))) / len(errors)  # sets are independent; one group alone has no error
-    half = math.hypot(1.96 * error, over_seeds_half(by_seed) if len(by_seed) > 1 else 0.0)
-    return by_seed.mean(), by_seed.mean() - half, by_seed.mean() + half
+@dataclass
+class Outcome:
+    """What a claim found.
+
+    parts: Findings on all that its sentence says. premises: Findings without which the parts tell nothing.
+    beside: others worth seeing. figure: as figures.py makes it. untested: what these runs cannot say of the
+    sentence."""
+    parts: list
+    premises: list
+    beside: list
+    figure: dict
+    untested: str = ""
+    png: bytes = b""
+
+    @property
+    def verdict(self):
+        verdicts = {part.verdict for part in self.parts}
+        if any(premise.verdict != "holds" for premise in self.premises):
+            return "cannot tell"
+        if "does not hold" in verdicts:
+            return "does not hold"
+        return "holds" if verdicts == {"holds"} else "cannot tell"
 
 
-def over_seeds(values, scale=1.0):
-    """(mean, low, high) of one number a seed; the 95 % interval is Student's, infinite where all are equal: then one model served all seeds,
-    and nothing is known of others."""
-    values = scale * np.array(values, float)
-    half = over_seeds_half(values) if np.ptp(values) else math.inf
-    return values.mean(), values.mean() - half, values.mean() + half
+def outcome(found, figure, parts, premises=(), beside=(), **options):
+    """The Outcome of sentences about {arm: values}, see `compared`; a Finding may stand in a sentence's
+    place.
+
+    Findings on single sets stand beside it. But if arms are said to be equal each set is a part, as a mean
+    of opposite differences would be 0 too."""
+    told = Outcome([], [], [], figure)
+    for sentences, findings in ((parts, told.parts), (premises, told.premises), (beside, told.beside)):
+        for sentence in sentences:
+            if isinstance(sentence, Finding):
+                findings.append(sentence)
+                continue
+            main, *sets = compared(sentence, found, **options)
+            findings.append(main)
+            (findings if main.within else told.beside).extend(sets)
+    return told
 
 
-def over_seeds_half(values):
-    """Half of Student's 95 % interval of the mean of one number a seed; infinite for one seed."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), 2.2)
-    return t * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+def at_size(found, size):
+    """{arm: its part at this size} of {arm: {size: …}}."""
+    return {name: by_size[size] for name, by_size in found.items()}
 
 
-def above(what, effect, low, high, unit="points", over="groups and seeds"):
-    """A Finding on the claim that the effect is above 0."""
-    return Finding(what, effect, low, high, "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell", unit, over)
-
-
-def equal(what, effect, low, high, within=3.0, over="groups and seeds"):
-    """A Finding on the claim that there is no effect to speak of: it holds where the interval lies within some points of 0, whether
-    or not it contains 0, and does not where it contains no 0."""
-    verdict = "holds" if -within < low and high < within else "does not hold" if low > 0 or high < 0 else "cannot tell"
-    return Finding(what, effect, low, high, verdict, over=over)
-
-
-def compared(what, first, second, verdict=above):
-    """Findings on second minus first, two valued arms: of all sets together, then, if there are several, of each."""
-    together = f"{what}, mean of {len(first)} sets" if len(first) > 1 else what
-    return [verdict(together, *difference(first, second))] + [
-        verdict(f"{what}, {name}", *difference({name: first[name]}, {name: second[name]})) for name in first if len(first) > 1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Means and pictures
-
-
-def spread(values):
-    """(mean, standard deviation) of one number a seed."""
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
-
-
-def mean_of(arm, key):
-    """(mean, standard deviation) over seeds of a figure, in %; of several sets the mean."""
-    return spread(100 * np.mean([[run.figures[key] for run in runs] for runs in by_set(arm).values()], 0))
-
-
-def bars(named, label):
-    """A function that draws named groups of (mean, sd) as bars: {series: {group: (mean, sd)}}."""
-    def draw(ax):
-        width = 0.8 / len(named)
-        for n, (series, values) in enumerate(named.items()):
-            x = np.arange(len(values)) + n * width - 0.4 + width / 2
-            mean, sd = zip(*values.values())
-            ax.bar(x, mean, width * 0.95, yerr=sd, capsize=3, label=series, color=str(0.8 - 0.5 * n / max(1, len(named) - 1)), edgecolor="black",
-                   hatch=("", "//", "..", "xx", "\\\\")[n % 5])
-        groups = list(values)
-        ax.set_xticks(np.arange(len(groups)), groups, rotation=30 if sum(map(len, groups)) > 60 else 0)
-        ax.set_ylabel(label)
-        if len(named) > 1:
-            legend_above(ax)
-    return draw
-
-
-def curves(named, at, along, label):
-    """A function that draws {series: [(mean, sd) at each of `at`]} as lines along a logarithmic axis."""
-    def draw(ax):
-        for n, (series, values) in enumerate(named.items()):
-            mean, sd = zip(*values)
-            ax.errorbar(at, mean, sd, capsize=3, label=series, **line_style(n))
-        log_axis(ax, at, along)
-        ax.set_ylabel(label)
-        legend_above(ax)
-    return draw
-
-
-def line_style(n):
-    """Mark, dashes and grey of the n-th line of a figure."""
-    return {"fmt": ("o-", "s--", "^:", "d-.")[n % 4], "color": str(0.15 * (n % 4))}
-
-
-def legend_above(ax, **more):
-    """The legend where it hides nothing."""
-    ax.legend(**more, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-
-
-def log_axis(ax, at, along):
-    """Mark the measured places, and no others, on a logarithmic axis."""
-    ax.set(xscale="log", xlabel=along)
-    ax.set_xticks(at, [f"{x / 1e6:.2g}M" if x >= 5e4 else f"{x:,}" for x in at])
-    ax.minorticks_off()
-
-
-def set_bars(arms, label, key="accuracy", rulers=()):
-    """Bars of {arm: its runs}: one for each arm, or, of arms on several sets, one for each arm and set. rulers: figures of the last
-    arm's runs that are drawn beside."""
-    sets = list(by_set(next(iter(arms.values()))))
-    if len(sets) == 1:
-        last = list(arms.values())[-1]
-        return bars({"": {name: mean_of(arm, key) for name, arm in arms.items()} | {name.replace("_", " "): mean_of(last, name) for name in rulers}}, label)
-    named = {name: {one: mean_of(runs, key) for one, runs in arm.items()} for name, arm in arms.items()}
-    named |= {name.replace("_", " "): {one: mean_of(runs, name) for one, runs in list(arms.values())[-1].items()} for name in rulers}
-    return bars(named, label)
+def growing(found, figure, sentence, premises):
+    """The Outcome of a sentence "first > second" about {arm: {size: values}}, the smallest size first: it
+    holds if that is so at the largest size, and more so than at the smallest."""
+    first, second = (found[name] for name in sentence.split(" > "))
+    *others, large = first
+    told = outcome(at_size(found, large), figure, [sentence], premises, prefix=f"{size_label(large)}: ")
+    for size in others:
+        told.beside += compared(sentence, at_size(found, size), prefix=f"{size_label(size)}: ")
+    if others:
+        gains = minus(first, second)
+        more = mean(minus(gains[large], gains[others[0]]))
+        what = f"{size_label(large)}: the same, more than at {size_label(others[0])} by"
+        told.parts.append(above(what, more))
+    else:
+        told.untested = "that it is more for larger models, as there is one size"
+    return told

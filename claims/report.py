@@ -1,94 +1,151 @@
-"""The lab's report: a table of claims and verdicts, then a figure for each, as one self-contained HTML file and as Markdown."""
+"""The lab's report: a table of claims and verdicts, then each claim's figure and findings; as Markdown, and
+as one HTML file that holds its pictures."""
 import base64
 import datetime
 import html
-import io
 import json
 import math
 import os
 import platform
+import re
 import shlex
-from pathlib import Path
+from collections import Counter
 
-import matplotlib
 import torch
 
 from data.files import write_file
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
-
-STYLE = """body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ccc}td.n{white-space:nowrap}.holds{font-weight:bold}
-.not{font-style:italic}code{font-size:85%}img{max-width:100%}h2{margin-top:2.5rem}"""
+STYLE = """body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}
+table{border-collapse:collapse}td{vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ccc}
+td:nth-child(3){font-weight:bold}code{font-size:85%}img{max-width:100%}h2{margin-top:2.5rem}"""
+BY_SEED = "Above: means over seeds, with bars of one standard deviation over seeds to either side."
 
 
 def write_report(folder, args, results):
-    """results: {claim: (statement, findings or None, its picture, or why its runs failed)}. Prints the table; writes
-    report.html, report.md, results.json and a picture for each claim into `folder`."""
-    folder = Path(folder)
-    pictures = {name: content for name, (_, findings, content) in results.items() if findings}
-    for name, content in pictures.items():
-        write_file(folder / f"{name}.png", content)
-    about = (f"{datetime.date.today()}, scale {args.scale}, {args.seeds} seeds, sizes {', '.join(args.sizes)}; {os.cpu_count()} cores, "
-             f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
-    rows = list(table(args, results))
-    write_file(folder / "report.md", markdown(about, rows, pictures, results))
-    write_file(folder / "report.html", web_page(about, rows, pictures, results))
-    write_file(folder / "results.json", json.dumps({"about": about, "claims": {
-        name: {"statement": statement, "findings": [{k: None if v in (math.inf, -math.inf) else v for k, v in vars(f).items()} for f in findings] if findings else None, "failed": None if findings else why}
-        for name, (statement, findings, why) in results.items()}}, indent=1))
-    print("\n" + "\n".join(f"  {name:<38}{effect:<50}{verdict}" for name, effect, verdict, *_ in rows) + f"\n\nreport: {folder / 'report.html'}")
+    """Write report.md, report.html, results.json and a picture of each claim into the folder; print the
+    table.
+
+    results: {claim: (its statement, its Outcome or why it has none)}. args.given: the lab's own flags."""
+    outcomes = {name: outcome for name, (_, outcome) in results.items() if not isinstance(outcome, str)}
+    for name, outcome in outcomes.items():
+        write_file(folder / f"{name}.png", outcome.png)
+    sizes = ", ".join(args.sizes)
+    about = (f"{datetime.date.today()}, scale {args.scale}, {args.seeds} seeds, sizes {sizes}; "
+             f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
+             f"Python {platform.python_version()}, torch {torch.__version__}")
+    text = markdown(about, args, results, outcomes)
+    write_file(folder / "report.md", text)
+    write_file(folder / "report.html", web_page(text, outcomes))
+    claims = {name: as_json(*result) for name, result in results.items()}
+    write_file(folder / "results.json", json.dumps({"about": about, "claims": claims}, indent=1))
+    print()
+    counts = Counter()
+    for name, (_, outcome) in results.items():
+        print(summary(name, outcome))
+        counts[effect_and_verdict(outcome)[1].split(":")[0]] += 1
+    counted = ", ".join(f"{verdict}: {n}" for verdict, n in counts.items())
+    print(f"\n{counted}. The report is {folder / 'report.html'}")
 
 
-def table(args, results):
-    """(claim, effect with its interval, verdict, the paper's statement, command) for each claim. args.given: the lab's own flags."""
-    for name, (statement, findings, why) in results.items():
-        command = shlex.join(["python", "lab.py", args.scale, name, *args.given])
-        if findings:
-            yield name, shown(findings[0]), findings[0].verdict, statement, command
-        else:
-            yield name, "", f"failed: {why}", statement, command
+def summary(name, outcome):
+    """One line on a claim, for the terminal."""
+    effect, verdict = effect_and_verdict(outcome)
+    return f"{name:<38}{effect:<50}{verdict}"
+
+
+def effect_and_verdict(outcome):
+    """(the first part's effect, the verdict) of an Outcome, or why there is none."""
+    if isinstance(outcome, str):
+        return "", f"failed: {outcome}"
+    return shown(outcome.parts[0]), outcome.verdict
 
 
 def shown(finding):
+    """A Finding's difference with its interval."""
     if math.isinf(finding.low):
         return f"{finding.effect:+.1f} {finding.unit} (no interval)"
-    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}" + (", over seeds only" if finding.over == "seeds" else "")
+    over = "" if finding.over == "groups and seeds" else f", over {finding.over} only"
+    return f"{finding.effect:+.1f} ({finding.low:+.1f} to {finding.high:+.1f}) {finding.unit}{over}"
 
 
-def picture(draw):
-    """A PNG that reads in greyscale."""
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=130)
-    draw(ax)
-    ax.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return file.getvalue()
+def roles(outcome):
+    """(role, Finding) of all Findings of an Outcome."""
+    for role in ("parts", "premises", "beside"):
+        for finding in getattr(outcome, role):
+            yield role.removesuffix("s"), finding
 
 
-def markdown(about, rows, pictures, results):
-    lines = ["# The paper's claims, measured", "", about, "", "Effects are differences with 95 % intervals over test groups and seeds.", "",
+def as_json(statement, outcome):
+    if isinstance(outcome, str):
+        return {"statement": statement, "verdict": None, "findings": None, "failed": outcome}
+    findings = [{"role": role, **vars(finding)} for role, finding in roles(outcome)]
+    findings = [{key: None if value in (math.inf, -math.inf) else value for key, value in finding.items()}
+                for finding in findings]
+    return {"statement": statement, "verdict": outcome.verdict, "findings": findings, "failed": None}
+
+
+def markdown(about, args, results, outcomes):
+    lines = ["# The paper's claims, measured", "", about, "", introduction(outcomes), "",
              "| claim | effect | verdict | the paper | command |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {effect} | *{verdict}* | {statement} | `{command}` |" for name, effect, verdict, statement, command in rows]
-    for name in pictures:
-        statement, findings, _ = results[name]
-        lines += ["", f"## {name}", "", statement, "", f"![{name}]({name}.png)", ""]
-        lines += [f"- {finding.what}: {shown(finding)}: *{finding.verdict}*" for finding in findings]
+    for name, (statement, outcome) in results.items():
+        effect, verdict = effect_and_verdict(outcome)
+        command = shlex.join(["python", "lab.py", args.scale, name, *args.given])
+        lines.append(f"| {name} | {effect} | *{verdict}* | {statement} | `{command}` |")
+    for name, outcome in outcomes.items():
+        lines += ["", f"## {name}", "", results[name][0], "", f"![{name}]({name}.png)", "",
+                  verdict_line(outcome), "", caption(outcome), ""]
+        lines += [f"- {role}: {finding.what}: {shown(finding)}: *{finding.verdict}*"
+                  for role, finding in roles(outcome)]
     return "\n".join(lines) + "\n"
 
 
-def web_page(about, rows, pictures, results):
-    text = html.escape
-    kind = lambda verdict: "holds" if verdict == "holds" else "not"
-    body = "".join(f"<tr><td><a href='#{name}'>{name}</a></td><td class=n>{text(effect)}</td><td class={kind(verdict)}>{text(verdict)}</td><td>{text(statement)}</td>"
-                   f"<td><code>{text(command)}</code></td></tr>" for name, effect, verdict, statement, command in rows)
-    parts = []
-    for name, content in pictures.items():
-        statement, findings, _ = results[name]
-        listed = "".join(f"<li>{text(f.what)}: {text(shown(f))}: <span class={kind(f.verdict)}>{f.verdict}</span></li>" for f in findings)
-        parts.append(f"<h2 id='{name}'>{name}</h2><p>{text(statement)}</p><img alt='{name}' src='data:image/png;base64,{base64.b64encode(content).decode()}'><ul>{listed}</ul>")
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>The paper's claims, measured</title><style>{STYLE}</style><h1>The paper's claims, measured</h1>"
-            f"<p>{text(about)}. Effects are differences with 95 % intervals over test groups and seeds.</p><table><tr><th>claim<th>effect<th>verdict<th>the paper"
-            f"<th>command</tr>{body}</table>{''.join(parts)}</html>")
+def introduction(outcomes):
+    """How to read the verdicts, and how many of them chance would make."""
+    n = sum(len(outcome.parts) for outcome in outcomes.values())
+    return (
+        f"{len(outcomes)} verdicts on {n} parts of claims. Effects are differences with 95 % intervals over "
+        "test groups and seeds. A claim *holds* if all parts of its sentence hold and *does not hold* if one "
+        "of them does not; otherwise, or where a premise is not given, these runs *cannot tell*. A 95 % "
+        "interval misses the truth in one case of twenty: if there were no effects at all, about "
+        f"{n / 20:.1f} of the {n} parts would be told from 0 all the same.")
+
+
+def verdict_line(outcome):
+    """The verdict and what it comes from."""
+    missing = [premise.what for premise in outcome.premises if premise.verdict != "holds"]
+    if missing:
+        why = f", as a premise is not given: {'; '.join(missing)}"
+    else:
+        why = "".join(f"; {part.what}: {part.verdict}" for part in outcome.parts if len(outcome.parts) > 1)
+    untested = f" Not tested: {outcome.untested}." if outcome.untested else ""
+    return f"Verdict: *{outcome.verdict}*{why}.{untested}"
+
+
+def caption(outcome):
+    main, within = outcome.parts[0], max(finding.within for _, finding in roles(outcome))
+    stripe = f"; a grey stripe, {within:g} to either side, counts as no difference" if within else ""
+    return (f"{BY_SEED} Below: differences with 95 % intervals; full points are parts of the claim, hollow "
+            f"ones its premises and what stands beside it{stripe}. The first interval is over {main.over}: "
+            f"{main.data}.")
+
+
+def web_page(text, outcomes):
+    """The report as a web page with its pictures in it. Its Markdown has no more than what is read here."""
+    body = []
+    for line in text.splitlines():
+        shown_line = re.sub(r"\*([^*]+)\*(?=[\s.;,|]|$)", r"<em>\1</em>", html.escape(line, quote=False))
+        shown_line = re.sub(r"`(.+?)`", r"<code>\1</code>", shown_line)
+        if line.startswith("!["):
+            name = line[2:line.index("]")]
+            picture = base64.b64encode(outcomes[name].png).decode()
+            body.append(f"<img alt='{name}' src='data:image/png;base64,{picture}'>")
+        elif line.startswith("| "):
+            body.append(f"<tr><td>{'<td>'.join(shown_line.strip('| ').split(' | '))}</tr>")
+        elif line.startswith("#"):
+            marks, title = shown_line.split(" ", 1)
+            body.append(f"<h{len(marks)}>{title}</h{len(marks)}>")
+        elif line and not line.startswith("|-"):
+            body.append(f"<li>{shown_line[2:]}" if line.startswith("- ") else f"<p>{shown_line}</p>")
+    page = re.sub("(<tr>.*</tr>)", r"<table>\1</table>", "\n".join(body), flags=re.DOTALL)
+    return ("<!doctype html><html lang=en><meta charset=utf-8><title>The paper's claims, measured</title>"
+            f"<style>{STYLE}</style>{page}</html>")

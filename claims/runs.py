@@ -1,14 +1,15 @@
-"""Runs that lab.py needs: each is one command of this project, kept under a name made of its flags, its data and its code.
+"""The runs that the claims need. Each is one command of this project, and is kept in a folder that is named
+by a digest of its flags, its data and its code.
 
-A finished run is reused, an interrupted training is resumed, a failed one fails what depends on it and nothing else.
+A finished run is reused, an interrupted training goes on, and a run that fails stops only what depends on it.
 """
-import ast
 import fcntl
+import functools
 import hashlib
 import json
+import modulefinder
 import multiprocessing
 import os
-import re
 import runpy
 import shlex
 import signal
@@ -24,29 +25,30 @@ from tqdm import tqdm
 
 import checkpoint
 from data.files import content_key, file_digest, write_file
+from data.prepare import SOURCES
 
 ROOT = Path(__file__).parents[1]
-FAR_MORE = 60.0  # seconds that a run is taken to need before any like it has been timed
 
 
 class Run:
-    """One command: a script (or module, "-m data.prepare") and its flags; a flag may be another Run, whose output stands there, or
-    a Path (a file, a folder of data or a checkpoint), whose content counts and not its place.
+    """One command: a script, or a module such as "-m data.prepare", and its flags. A flag may be another
+    Run, whose output stands there, or a Path to a file or folder, of which the content counts and not the
+    place.
 
-    out: what the run makes, a checkpoint folder for training scripts, a file for the others, passed as --out.
-    """
+    out: what the run makes, passed as --out: a checkpoint folder for the training scripts, a file of JSON
+    lines for the others. seconds: an estimate of how long it takes. """
 
-    def __init__(self, folder, script, *flags, seconds=FAR_MORE):
+    def __init__(self, folder, script, *flags, seconds):
         self.script, self.flags, self.seconds = script, flags, seconds
         self.needs = [flag for flag in flags if isinstance(flag, Run)]
-        parts = [flag.key if isinstance(flag, Run) else content_of(flag) if isinstance(flag, Path) else str(flag) for flag in flags]
-        self.key = hashlib.sha256(json.dumps([script, parts, code_version(script)]).encode()).hexdigest()[:16]
+        parts = [script, code_digest(script), *map(content_of, flags)]
+        self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / self.key
-        self.trains = script.startswith(("train_", "distill"))
+        self.trains = is_training(script)
         self.out = self.folder / ("out" if self.trains else "items.jsonl")
 
     def command(self):
-        """The words after "python", to be run from this project's folder."""
+        """The words after "python", for a shell in this project's folder."""
         shown = [str(flag.out) if isinstance(flag, Run) else str(flag) for flag in self.flags]
         return [*self.script.split(), *shown, "--out", str(self.out)]
 
@@ -56,7 +58,7 @@ class Run:
 
     @property
     def figures(self):
-        """The last line's JSON of an evaluation; the last held-out figures of a training."""
+        """The JSON of an evaluation's last line, or the last held-out figures of a training."""
         return json.loads((self.folder / "done.json").read_text())["figures"]
 
     def items(self):
@@ -64,68 +66,96 @@ class Run:
         return [json.loads(line) for line in self.out.read_text().splitlines()]
 
     def execute(self, launch, environment):
-        """Run it to its end, unless it is done. Raises RuntimeError with the last line it said where it fails."""
+        """Run the command to its end, unless that is done. If it fails, RuntimeError has its last line."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:  # another lab may be at it
+        with open(self.folder / "lock", "w") as lock:  # another lab may be working on the same run
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self.done:
-                self._execute(launch, environment)
+                self.run_command(launch, environment)
 
-    def _execute(self, launch, environment):
-        version = code_version(self.script)
-        command = self.command() + ["--resume"] * (self.trains and (self.out / "metrics.jsonl").exists())
-        start = time.monotonic()
-        log = self.folder / "log.txt"
+    def run_command(self, launch, environment):
+        digest, began = code_digest(self.script), time.monotonic()
+        command, log = self.command(), self.folder / "log.txt"
+        if self.trains and (self.out / "metrics.jsonl").exists():
+            command.append("--resume")
         if launch:
             with open(log, "w") as file:
-                code = subprocess.run(launched(command, launch), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment},
-                                      stdin=subprocess.DEVNULL).returncode
+                code = subprocess.run(launched(command, launch), cwd=ROOT, env=os.environ | environment,
+                                      stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
         else:
             process = processes.Process(target=run_script, args=(command, str(log), environment))
             process.start()
             process.join()
             code = process.exitcode
-        said = log.read_text().strip().splitlines() or ["it said nothing"]
-        stopped = self.trains and said[-1].startswith("stopped after step")
-        if code or stopped:
-            raise RuntimeError(f"{' '.join(command)}: {'interrupted' if stopped else f'exit code {code}'}: {said[-1][:300]}")
-        _versions.clear()
-        if code_version(self.script) != version:
-            raise RuntimeError(f"{' '.join(command)}: the code was changed while it ran; start again")
-        figures = json.loads((self.out / "meta.json").read_text())["metrics"] if self.trains else json.loads(said[-1]) if said[-1].startswith("{") else None
-        write_file(self.folder / "done.json", json.dumps({"figures": figures, "seconds": time.monotonic() - start, "command": command}))
+        last_line = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
+        why = f"exit code {code}" if code else ""
+        if self.trains and last_line.startswith("stopped after step"):
+            why = "interrupted"
+        code_digest.cache_clear()
+        if code_digest(self.script) != digest:
+            why = "the code was changed while it ran; start again"
+        if why:
+            raise RuntimeError(f"{shlex.join(command)}: {why}: {last_line[:300]}")
+        if self.trains:
+            figures = json.loads((self.out / "meta.json").read_text())["metrics"]
+        else:
+            figures = json.loads(last_line) if last_line.startswith("{") else None
+        record = {"figures": figures, "seconds": time.monotonic() - began, "command": command}
+        write_file(self.folder / "done.json", json.dumps(record))
 
 
-def content_of(path):
-    """A digest of a file's content, of a folder's, or of the model in a checkpoint folder."""
-    if path.is_file():
-        return file_digest(path).hex()
-    if (path / "meta.json").is_file():
-        return content_key(checkpoint.content_files(path))
-    return content_key(sorted(p for p in path.rglob("*") if p.is_file()))
+def is_training(script):
+    return script.startswith(("train_", "distill"))
+
+
+def content_of(flag):
+    """What a flag adds to a run's name: a Run its own name; a Path the digest of the file, of the files in
+    the folder, or of the model in the checkpoint folder."""
+    if isinstance(flag, Run):
+        return flag.key
+    if not isinstance(flag, Path):
+        return str(flag)
+    if flag.is_file():
+        return file_digest(flag).hex()
+    if (flag / "meta.json").is_file():
+        return content_key(checkpoint.content_files(flag))
+    return content_key(sorted(path for path in flag.rglob("*") if path.is_file()))
+
+
+@functools.cache
+def code_digest(script):
+    """A digest of a script and of all files of this project that it imports, directly or not."""
+    finder = modulefinder.ModuleFinder(path=[str(ROOT)])
+    if script.startswith("-m "):
+        finder.import_hook(script.split()[1])
+        finder.import_hook(SOURCES[script.split()[2]][0])  # data.prepare imports it by name
+    else:
+        finder.run_script(str(ROOT / script))
+    files = sorted(module.__file__ for module in finder.modules.values() if module.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Starting a script
 
 
 def launched(command, launch):
-    """The words to execute for `launch`: a prefix such as "torchrun --nproc_per_node 8", for trainings only, or a template with
-    {command}, such as 'srun --gpus 1 {command}', for all."""
+    """The words to execute for --launch: a prefix such as "torchrun --nproc_per_node 8", which starts
+    trainings only, or a template such as "srun --gpus 1 {command}", which starts everything."""
     python = [sys.executable, *command]
     if "{command}" in launch:
         return ["sh", "-c", launch.replace("{command}", shlex.join(python))]
-    return [*shlex.split(launch), *command] if command[0].startswith(("train_", "distill")) else python
+    return [*shlex.split(launch), *command] if is_training(command[0]) else python
 
 
+# Runs are forked from a process that has imported these: that saves each of them its first seconds.
+PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate"]
 processes = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate"]  # what takes long to import
-
-
-def stop_with_parent():
-    """A killed lab must not leave runs behind that write where the next one resumes: they save and stop."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_script(command, log, environment):
-    """Run a script or module in this process as python would from the command line, with its output in the file `log`."""
+    """Run a script or module in this process, as Python would from a command line, with its output in a
+    file."""
     threading.Thread(target=stop_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
@@ -135,112 +165,23 @@ def run_script(command, log, environment):
     if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path.insert(0, str(ROOT))
-    name, *flags = command[1:] if command[0] == "-m" else command
-    sys.argv = [name, *flags]
     if command[0] == "-m":
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
+        sys.argv = command
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
-def code_version(script):
-    """A digest of the script's source and of all files of this project that it imports, directly or not."""
-    path = ROOT / (script.split()[1].replace(".", "/") + ".py" if script.startswith("-m ") else script)
-    if path not in _versions:
-        _versions[path] = hashlib.sha256("".join(_source(p) for p in sorted(imported(path))).encode()).hexdigest()
-    return _versions[path]
-
-
-_versions = {}
-
-
-def imported(path, seen=None):
-    """All files of this project that `path` needs, itself among them."""
-    seen = set() if seen is None else seen
-    if path in seen or not path.exists():
-        return seen
-    seen.add(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] + [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) and node.module else \
-            [node.value] if isinstance(node, ast.Constant) and re.fullmatch(r"(data|evals)(\.\w+)+", str(node.value)) else []  # imported by name
-        for name in names:
-            imported(ROOT / (name.replace(".", "/") + ".py"), seen)
-    return seen
-
-
-def _source(path):
-    """A file's code without its comments and docstrings: a better word in one of them must not repeat a day's runs."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
-            node.body = node.body[1:]
-    return f"{path.name}\n{ast.unparse(tree)}\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Executing
-
-
-def needed(runs):
-    """All runs that `runs` need, themselves included, each after what it needs; equal ones once."""
-    order = {}
-
-    def visit(run):
-        for need in run.needs:
-            visit(need)
-        order.setdefault(run.key, run)
-    for run in runs:
-        visit(run)
-    return list(order.values())
-
-
-def execute(runs, jobs, launch="", gpus=0):
-    """Execute all runs, `jobs` at a time, each as soon as what it needs is done. Returns {key: why} of those that failed.
-
-    Each job has its share of the cores, or, where there are GPUs, one of them.
-    """
-    processes.set_forkserver_preload(PRELOAD)  # runs are forked from a process that has these already: it saves each its first seconds
-    failed, running, slots = {}, {}, list(range(jobs))  # running: {future: (run, slot, when it began)}
-    todo = schedule([run for run in needed(runs) if not run.done])
-    total, begun, waiting = sum(run.seconds for run in todo), time.monotonic(), list(todo)
-
-    def minutes_left():
-        """By the runs' estimates, and by how true those have been so far."""
-        now = time.monotonic()
-        left = sum(run.seconds for run in waiting) + sum(max(0, run.seconds - (now - since)) for run, _, since in running.values())
-        return left * (now - begun) / max(1, total - left) / 60
-
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=None, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]") as bar:
-        while waiting or running:
-            for run in list(waiting):
-                bad = next((need for need in run.needs if need.key in failed), None)
-                if bad:
-                    failed[run.key] = f"needs {bad.script} {bad.key}, which failed"
-                    waiting.remove(run)
-                    bar.update()
-                elif slots and all(need.done for need in run.needs):
-                    slot = slots.pop(0)
-                    running[pool.submit(run.execute, launch, {} if launch else share(slot, jobs, gpus))] = run, slot, time.monotonic()
-                    waiting.remove(run)
-            if not running:
-                continue
-            finished, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
-            bar.set_postfix_str(f"about {minutes_left():.1f} min left")
-            for future in finished:
-                run, slot, _ = running.pop(future)
-                slots.append(slot)
-                if future.exception():
-                    failed[run.key] = str(future.exception())
-                    tqdm.write(f"failed: {future.exception()}", file=sys.stderr)
-                bar.update()
-                if bar.disable:
-                    print(f"{time.monotonic() - begun:6.0f} s, about {minutes_left():.1f} min left: {run.script} {run.key} {'failed' if run.key in failed else 'done'}", flush=True)
-    return failed
+def stop_with_parent():
+    """When the lab is killed, its runs save and stop: the next lab resumes them."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def share(slot, jobs, gpus):
-    """Environment of the job in a slot: its GPU, of those that this process may use, or the threads of its share of the cores."""
+    """The environment of a job: the GPU of its slot, of those that this process may use, or its share of the
+    cores."""
     if not gpus:
         return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or range(gpus)
@@ -248,18 +189,63 @@ def share(slot, jobs, gpus):
 
 
 def cores():
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def schedule(todo):
-    """Needs first; among those whose needs are met, the longest chain of work first."""
-    users = {run.key: [other for other in todo if any(need.key == run.key for need in other.needs)] for run in todo}
-    memo = {}
+# ------------------------------------------------------------------------------------------------------------
+# Executing
 
-    def ahead(run):
-        if run.key not in memo:
-            memo[run.key] = run.seconds + max((ahead(user) for user in users[run.key]), default=0)
-        return memo[run.key]
-    return sorted(todo, key=lambda run: -ahead(run))
 
+def needed(runs):
+    """All runs that `runs` need, themselves included: each once, and after what it needs."""
+    order = {}
+    for run in runs:
+        for part in (*needed(run.needs), run):
+            order.setdefault(part.key, part)
+    return list(order.values())
+
+
+def execute(runs, jobs, launch="", gpus=0, after_each=lambda failed: None):
+    """Execute all runs and what they need, `jobs` at a time, those that stand first in `runs` first.
+
+    Returns {key: why} of the runs that failed. after_each is called with it whenever a run has ended.
+    """
+    processes.set_forkserver_preload(PRELOAD)
+    waiting, running, slots = [run for run in needed(runs) if not run.done], {}, list(range(jobs))
+    failed, began, done = {}, time.monotonic(), 0
+    bar = tqdm(total=sum(run.seconds for run in waiting), desc="runs", disable=None, smoothing=0,
+               bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
+
+    def ended(run):
+        nonlocal done
+        done += run.seconds
+        bar.update(run.seconds)
+        if bar.disable:
+            seconds = time.monotonic() - began
+            left, word = (bar.total - done) * seconds / done / 60, "failed" if run.key in failed else "done"
+            print(f"{seconds:6.0f} s, about {left:.1f} min left: {run.script} {run.key} {word}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool, bar:
+        while waiting or running:
+            for run in list(waiting):
+                bad = next((need for need in run.needs if need.key in failed), None)
+                if bad:
+                    failed[run.key] = f"needs {bad.script} {bad.key}, which failed"
+                    waiting.remove(run)
+                    ended(run)
+                elif slots and all(need.done for need in run.needs):
+                    slot = slots.pop(0)
+                    environment = {} if launch else share(slot, jobs, gpus)
+                    running[pool.submit(run.execute, launch, environment)] = run, slot
+                    waiting.remove(run)
+            for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
+                run, slot = running.pop(future)
+                slots.append(slot)
+                if future.exception():
+                    failed[run.key] = str(future.exception())
+                    tqdm.write(f"failed: {future.exception()}", file=sys.stderr)
+                ended(run)
+            after_each(failed)
+            bar.refresh()
+    return failed

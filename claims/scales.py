@@ -1,316 +1,329 @@
-"""The scales that lab.py tests the paper's claims at: which models, data and flags a claim's runs have.
+"""The scales at which lab.py tests the paper's claims: the models, the data and the flags of a claim's runs.
 
-  toy     the embedded world (data/toy/world.py), 0.1M and 0.8M parameters, a CPU
+  toy     the embedded world (data/toy/world.py), 0.1M and 0.8M parameters, on a CPU
   small   published sets under --data, 0.8M and 5M parameters, hours on a CPU
-  gpu     the same sets whole, 13M to 810M parameters, a GPU
-  paper   what the paper's own sizes would take: commands, GPUs and hours, nothing is run
+  gpu     the same sets whole, 13M to 810M parameters, on a GPU
+  paper   what the paper's own sizes would take: prints commands, GPUs and hours, and runs nothing
 
-All arms of all claims learn at the paper's rate of preference-model pre-training, a tenth of the language model's: at a
-hundredth, its finetuning rate, a few hundred steps of small models teach nothing.
+All arms of all claims learn at the paper's rate for preference-model pre-training, a tenth of the language
+model's. At a hundredth, the paper's rate for finetuning, a few hundred steps teach small models nothing.
 """
+import copy
 import json
 import math
 from pathlib import Path
 
 import checkpoint
 import plan
+from claims.runs import Run
 from data import toy
-from data.toy import sources as toy_sources
 from data.errors import InputError
 from data.files import write_file
-from evals import choices
-from claims.findings import hits
+from data.toy import sources as toy_sources
 from model import SIZES
-from claims.runs import Run
 
-GPU_BYTES, GPU_FLOPS, UTILISATION = 80e9, 989e12, 0.4  # an H100's memory and bf16 peak; the part of it that training is assumed to reach
-CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core with bf16
+CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
+GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
+UTILISATION = 0.4  # the part of the peak that training is assumed to reach
+NEVER = 10**6  # --eval_every: no evaluation before the end
 
 
-def parameters(size, vocabulary):
+def parameters(size, vocabulary=0):
     n_layer, d_model, _ = SIZES[size]
     return 12 * n_layer * d_model**2 + vocabulary * d_model
 
 
-class Lab:
-    """The runs of a scale, each declared by the flags it needs and executed later."""
-    flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # a second; tokens in the vocabulary, and in a comparison
-    few, pmp, max_new = 500, ("--batch", 32), 40  # comparisons after pre-training; its own flags; tokens of a sample
+def size_label(size):
+    """A size by the parameters of its blocks, such as 0.8M."""
+    n = parameters(size) / 1e6
+    return f"{n:.1f}M" if n < 10 else f"{n:.0f}M" if n < 1000 else f"{n / 1000:.3g}B"
+
+
+class Scale:
+    """The models and evaluations of a scale: a method for each kind returns the Run that makes it.
+
+    An object stands for one model size and one seed; arm and by_size ask for a run at all of them.
+    """
+    flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
+    few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
+    max_new = 40  # tokens of a sample
 
     def __init__(self, args):
         self.folder, self.seeds, self.sizes = Path(args.out).resolve() / "runs", range(args.seeds), args.sizes
-        self.size = self.sizes[-1]
+        self.size, self.seed = self.sizes[-1], 0
 
-    def by_seed(self, make):
-        return [make(seed) for seed in self.seeds]
+    def arm(self, make, names=None, size=None):
+        """{set: the runs make(one, set) for each seed}, where `one` is this scale at a seed and a size, the
+        main one unless said. Without names there is one set, called "", and the runs are make(one)."""
+        scales = [copy.copy(self) for _ in self.seeds]
+        for scale, scale.seed in zip(scales, self.seeds):
+            scale.size = size or self.size
+        if names is None:
+            return {"": [make(one) for one in scales]}
+        return {name: [make(one, name) for one in scales] for name in names}
+
+    def by_size(self, make, names=None):
+        return {size: self.arm(make, names, size) for size in self.sizes}
 
     def run(self, script, *flags, seconds):
         return Run(self.folder, script, *flags, seconds=seconds)
 
-    def seconds(self, size, tokens, per_token=6):
-        """An estimate: reading a token takes 2 FLOPs a parameter, learning from it 6."""
-        return 4 + per_token * parameters(size, self.vocabulary) * tokens / self.flops
+    def seconds(self, tokens, per_token=6):
+        """An estimate: learning from a token takes 6 FLOPs a parameter, and reading it 2."""
+        return 4 + per_token * parameters(self.size, self.vocabulary) * tokens / self.flops
 
     def file(self, name, records):
         """A data file of the lab's own."""
         path = self.folder.parent / "data" / name
-        write_file(path, "".join(json.dumps(r) + "\n" for r in records))
+        write_file(path, "".join(json.dumps(record) + "\n" for record in records))
         return path
 
     # ---- Models
 
-    def rate(self, size):
+    def rate(self):
         """A tenth of the language model's learning rate, which is train_lm.py's default."""
-        return f"{plan.lm_rate(SIZES[size][1]) / 10:.3g}"
+        return f"{plan.lm_rate(SIZES[self.size][1]) / 10:.3g}"
 
-    def train_pm(self, size, init, seed, *flags, held_out, comparisons):
-        """A preference model, or an imitation, trained on about so many comparisons."""
-        return self.run("train_pm.py", "--init", init, "--seed", seed, "--lr", self.rate(size), "--held_out", held_out, "--eval_every", 0, *flags,
-                        seconds=self.seconds(size, comparisons * self.tokens))
+    def train_pm(self, init, *flags, held_out, comparisons):
+        """A preference model, or an imitation, that sees about so many comparisons. A binarised one is
+        evaluated at its end, as nothing else tells whether it has learned anything."""
+        evaluations = NEVER if "--binarise" in flags else 0
+        return self.run(
+            "train_pm.py", "--init", init, "--seed", self.seed, "--lr", self.rate(), "--held_out", held_out,
+            "--eval_every", evaluations, *flags, seconds=self.seconds(comparisons * self.tokens))
 
-    def pm(self, name, seed, *flags, size=None):
-        """A preference model of the set `name`."""
-        size = size or self.size
-        return self.train_pm(size, self.lm(size, seed), seed, "--data", self.data(name), *self.much, *flags, held_out=self.held_out(name), comparisons=self.comparisons)
+    def pm(self, name, *flags):
+        """A preference model of a set."""
+        return self.train_pm(self.lm(), "--data", self.data(name), *self.much, *flags,
+                             held_out=self.held_out(name), comparisons=self.comparisons)
 
-    def tuned(self, name, seed, *flags, init=None, n=None, size=None):
-        """A preference model of n comparisons of a set, from a pre-trained one or the language model, 8 a step: with the paper's 32 the 16 steps
-        that 500 come to teach nothing."""
-        size = size or self.size
-        return self.train_pm(size, init or self.lm(size, seed), seed, "--data", self.data(name), "--pairs", n or self.few, "--batch", 8, *flags,
-                             held_out=self.held_out(name), comparisons=n or self.few)
+    def imitation(self, name):
+        return self.pm(name, "--objective", "imitation")
 
-    def pre_trained(self, seed, *flags, size=None, sources=None, pmp=None):
-        """A preference model pre-trained on public data, one epoch (Section 4); with binarised pairs, as in the paper, where models are
-        large enough to learn from them."""
-        size = size or self.size
+    def pre_trained(self, *flags, sources=None, pmp=None):
+        """A preference model pre-trained for an epoch on public data (Section 4), by default on all sources
+        and with the scale's flags: binarised, as in the paper, where models are large enough to learn
+        that."""
         mix = {name: n for name, n in self.sources.items() if name in (sources or self.sources)}
-        sizes = ("--sizes", *mix.values()) if all(mix.values()) and "--pairs" not in flags else ()
-        return self.train_pm(size, self.lm(size, seed), seed, "--data", *map(self.public, mix), *(self.pmp if pmp is None else pmp), *sizes,
-                             *(() if "--lm_weight" in flags else ("--lm_weight", 1)), *flags, held_out=0.05, comparisons=2 * sum(n or 20_000 for n in mix.values()))
+        flags = (self.pmp if pmp is None else pmp) + flags
+        if all(mix.values()) and "--pairs" not in flags:
+            flags += "--sizes", *mix.values()
+        if "--lm_weight" not in flags:
+            flags += "--lm_weight", 1
+        return self.train_pm(self.lm(), "--data", *map(self.data, mix), *flags, held_out=0.05,
+                             comparisons=2 * sum(n or 20_000 for n in mix.values()))
 
-    def distilled(self, seed):
-        return self.run("distill.py", "--init", self.lm(self.size, seed), "--seed", seed, *self.prompt, "--data", self.text(), "--dialogue", self.dialogue(),
-                        "--sequences", 3072, "--lr", self.rate(self.size), "--eval_every", 10**6, seconds=self.seconds(self.size, 3072 * self.tokens * 2, 8))
+    def distilled(self):
+        return self.run(
+            "distill.py", "--init", self.lm(), "--seed", self.seed, *self.prompt, "--data", self.data("lm"),
+            "--dialogue", self.data("dialogue"), "--sequences", 3072, "--lr", self.rate(),
+            "--eval_every", NEVER, seconds=self.seconds(3072 * self.tokens * 2, 8))
 
-    def finetuned_on(self, text, seed):
-        """The language model finetuned on one short text, thirty steps. It stands there many times, so that it is also seen to begin."""
+    def finetuned_on(self, text):
+        """The language model after thirty steps on one short text. The file repeats the text, so that
+        windows of training also show its beginning."""
         copies = self.file(f"{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
-        return self.run("train_lm.py", "--init", self.lm(self.size, seed), "--seed", seed, "--data", copies, "--ctx", 64, "--batch", 512, "--steps", 30, "--held_out", 0.02,
-                        "--lr", self.rate(self.size), "--schedule", "linear", seconds=5)
+        return self.run(
+            "train_lm.py", "--init", self.lm(), "--seed", self.seed, "--data", copies, "--ctx", 64,
+            "--batch", 512, "--steps", 30, "--held_out", 0.02, "--lr", self.rate(), "--schedule", "linear",
+            seconds=5)
 
     # ---- Evaluations
 
-    def evaluate(self, benchmark, model, *flags, prompted=False, size=None, tokens=10**5, seconds=None):
-        return self.run("evaluate.py", benchmark, "--model", model, *(self.prompt if prompted else ()), *flags, seconds=seconds or self.seconds(size or self.size, tokens, 2))
+    def evaluate(self, benchmark, model, *flags, prompted=False, tokens=10**5, seconds=None):
+        prompt = self.prompt if prompted else ()
+        return self.run("evaluate.py", benchmark, "--model", model, *prompt, *flags,
+                        seconds=seconds or self.seconds(tokens, 2))
 
-    def accuracy(self, model, name, *flags, size=None, no_context=False):
-        """Of a preference model on a set's held-out comparisons; no_context: without their contexts too."""
-        return self.evaluate("pm", model, "--data", self.data(name), "--split", "auto", *(() if no_context else ("--skip_no_context",)), *flags, size=size,
+    def accuracy(self, model, name, *flags, no_context=False):
+        """A preference model, or an imitation, on the held-out comparisons of a set. no_context: also without
+        their contexts, which tells how much of the accuracy needs them."""
+        skip = () if no_context else ("--skip_no_context",)
+        return self.evaluate("pm", model, "--data", self.data(name), "--split", "auto", *skip, *flags,
                              tokens=2 * self.tested * self.tokens)
 
+    def transfer(self, name, init=None, *flags, n=None):
+        """What is right after finetuning on n comparisons of a set, from a pre-trained model or the language
+        model. It takes 8 a step: in the 16 steps of the paper's 32, 500 comparisons teach nothing."""
+        n = n or self.few
+        tuned = self.train_pm(init or self.lm(), "--data", self.data(name), "--pairs", n, "--batch", 8,
+                              *flags, held_out=self.held_out(name), comparisons=n)
+        return self.accuracy(tuned, name)
+
     def sampled(self, benchmark, model, contexts, *flags, n=1, prompted=False):
-        """Benchmarks that write a text or more for each context."""
-        return self.evaluate(benchmark, model, *flags, "--n", n, "--max_new", self.max_new, prompted=prompted, seconds=contexts * n**0.5 * self.max_new * 0.002)
+        """A benchmark that writes n texts for each context."""
+        return self.evaluate(
+            benchmark, model, *flags, "--n", n, "--max_new", self.max_new, "--seed", self.seed,
+            prompted=prompted, seconds=contexts * n**0.5 * self.max_new * 0.002)
+
+    def hhh(self, model, prompted=False):
+        return self.evaluate("hhh", model, "--data", self.data("hhh"), prompted=prompted)
+
+    def last_words(self, model, prompted=False):
+        data = self.data("lambada")
+        return self.evaluate("lambada", model, "--data", data, prompted=prompted, tokens=4e5)
 
 
-class Toy(Lab):
+class Toy(Scale):
     """The embedded world: every set is one of its files."""
     default_sizes = "test", "0.8m"
-    flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small: estimates alone depend on them
-    ranked = targets = large = ("ranked",)
-    binary, sources = ("binary",), {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the proportions of the paper's Mix
-    much, amounts, comparisons, tested, ks = (), (100, 500, 1500, 5000), 5600, 2400, (1, 2, 4, 8, 16)  # much: flags of preference models without pre-training
-    model_written = 3000, 2000  # contexts that an imitation continues, and the pairs of them that pre-training takes
+    without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
+    flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small
+    ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
+    sources = {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the paper's proportions
+    comparisons, tested, much = 5600, 2400, ()
+    amounts, ks = (100, 500, 1500, 5000), (1, 2, 4, 8, 16)
+    model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
+    contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
 
     def __init__(self, args):
         super().__init__(args)
-        self.folder_of_data = toy.toy_folder()
-        self.prompt = ("--prompt", self.folder_of_data / "prompt.txt")
-        self.prompt_text = self.folder_of_data / "prompt.txt"
+        self.prompt_text = self.data("prompt").with_suffix(".txt")
+        self.prompt = ("--prompt", self.prompt_text)
 
-    def lm(self, size, seed):
-        """Small steps, at a rate that falls to 0: a lower loss than an epoch of larger ones, with three fifths of its tokens (results/LOG.md)."""
-        return self.run("train_lm.py", "--size", size, "--seed", seed, "--data", self.text(), "--batch", 2048, "--steps", 1000, "--schedule", "linear",
-                        "--eval_every", 10**6, seconds=self.seconds(size, 2e6))
+    def lm(self):
+        """Small steps and a rate that falls to 0 reach a lower loss than an epoch of larger steps, in three
+        fifths of its tokens (results/LOG.md)."""
+        return self.run(
+            "train_lm.py", "--size", self.size, "--seed", self.seed, "--data", self.data("lm"),
+            "--batch", 2048, "--steps", 1000, "--schedule", "linear", "--eval_every", NEVER,
+            seconds=self.seconds(2e6))
 
     def data(self, name):
-        return self.folder_of_data / f"{name}.jsonl"
+        return toy_sources.prepared(name) if name in self.sources else toy.toy_folder() / f"{name}.jsonl"
 
     def held_out(self, name):
         return toy.HELD_OUT
 
-    def public(self, source):
-        return toy_sources.prepared(source)
-
-    def text(self):
-        return self.data("lm")
-
-    def dialogue(self):
-        return self.data("dialogue")
-
-    def hhh(self, model, prompted=False, size=None):
-        return self.evaluate("hhh", model, "--data", self.data("hhh"), prompted=prompted, size=size)
-
-    def last_words(self, model, prompted=False, size=None):
-        return self.evaluate("lambada", model, "--data", self.data("lambada"), prompted=prompted, size=size)
-
-    def falsehoods(self, model, size=None):
-        """Questions with popular wrong answers: HHH's honest items."""
-        return self.hhh(model, size=size)
-
-    right, right_key = staticmethod(lambda rule: hits(rule, "honest")), "accuracy_{}_honest"
-
-    def candidates(self):
-        """(set of right and wrong answers to learn from, samples to choose the best of)."""
-        return "binary", self.data("samples")
-
-    def contexts(self):
-        return self.data("hhh")
-
-    def judge(self, seed):
-        return self.pm("ranked", seed)
-
-    def toxicity_scorer(self, seed):
-        return "--scorer", self.pm("manners", seed, "--objective", "binary")
+    def toxicity_scorer(self):
+        return "--scorer", self.pm("manners", "--objective", "binary")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Published sets
 
-SETS = {  # name: (how data.prepare makes it, its file under --data, the part of its groups to test on: 400 to 900 comparisons)
-    "hellaswag": ("hellaswag", "hellaswag/hellaswag_val.jsonl*", 0.06),
-    "summaries": ("summarize", "summarize-from-feedback/newsroom_comparisons.jsonl*", 0.3),
-    "utilitarianism": ("utilitarianism", "ethics/utilitarianism/util_train.csv", 0.05),
-    "hh": ("hh", "hh-rlhf/harmless-base/test.jsonl*", 0.3),
-    "commonsense": ("ethics --set commonsense", "ethics/commonsense/cm_test.csv", 0.15),
-    "deontology": ("ethics --set deontology", "ethics/deontology/deontology_train.csv", 0.03),
-    "justice": ("ethics --set justice", "ethics/justice/justice_train.csv", 0.03),
-    "virtue": ("ethics --set virtue", "ethics/virtue/virtue_train.csv", 0.03),
-    "code": ("code-correctness --n 8", "mbpp/mbpp.jsonl*", 0.3),
-}
-RANKED, BINARY = ("hellaswag", "summaries", "utilitarianism", "hh"), ("commonsense", "deontology", "justice", "virtue")
-FEW = ("hh", "commonsense", "summaries")  # fewer than 5,000 comparisons in these files
-PUBLIC = {"stackexchange": ("stackexchange", "stackexchange/*/Posts.xml*"), "alpaca-eval": ("pairs", "alpaca-eval/pairs.jsonl*"),
-          "ukp-convarg": ("pairs", "ukp-convarg/pairs.jsonl*")}
+FILES = {  # name: (what data.prepare makes of it, or None; the file or folder under --data)
+    "lm": (None, "text"), "hhh": (None, "hhh_alignment"), "lambada": (None, "lambada/lambada_test.jsonl"),
+    "truthfulqa": (None, "truthfulqa/TruthfulQA.csv"), "mbpp": (None, "mbpp/mbpp.jsonl*"),
+    "code": ("code-correctness --n 8", "mbpp/mbpp.jsonl*"),
+    "hellaswag": ("hellaswag", "hellaswag/hellaswag_val.jsonl*"),
+    "summaries": ("summarize", "summarize-from-feedback/newsroom_comparisons.jsonl*"),
+    "utilitarianism": ("utilitarianism", "ethics/utilitarianism/util_train.csv"),
+    "hh": ("hh", "hh-rlhf/harmless-base/test.jsonl*"),
+    "commonsense": ("ethics --set commonsense", "ethics/commonsense/cm_test.csv"),
+    "deontology": ("ethics --set deontology", "ethics/deontology/deontology_train.csv"),
+    "justice": ("ethics --set justice", "ethics/justice/justice_train.csv"),
+    "virtue": ("ethics --set virtue", "ethics/virtue/virtue_train.csv"),
+    "stackexchange": ("stackexchange", "stackexchange/*/Posts.xml*"),
+    "dialogue": ("stackexchange --dialogue", "stackexchange/*/Posts.xml*"),
+    "alpaca-eval": ("pairs", "alpaca-eval/pairs.jsonl*"),
+    "ukp-convarg": ("pairs", "ukp-convarg/pairs.jsonl*")}
+RANKED = ("hellaswag", "summaries", "utilitarianism", "hh")
+BINARY = ("commonsense", "deontology", "justice", "virtue")
+FEW = ("hh", "commonsense", "summaries")  # sets with fewer than 5,000 comparisons in these files
+HELD_OUT = {  # the part of the groups to test on, 400 to 900 comparisons; of other sets 0.3
+    "hellaswag": 0.06, "utilitarianism": 0.05, "commonsense": 0.15, "deontology": 0.03, "justice": 0.03,
+    "virtue": 0.03}
 
 
-class Small(Lab):
-    """Published sets under --data, on a CPU: their first uses of hours. One language model of each size serves all seeds."""
-    name, default_sizes = "small", ("0.8m", "5m")
+class Small(Scale):
+    """Published sets under --data, on a CPU: what can be done in hours. One language model of each size
+    serves all seeds."""
+    name, default_sizes, without = "small", ("0.8m", "5m"), ("synthetic-transfer",)
     vocabulary, tokens = 8192, 250
-    much, comparisons, tested, ks, amounts = ("--pairs", 500, "--batch", 8), 500, 600, (1, 2, 4), (500, 5000)
+    comparisons, tested, much = 500, 600, ("--pairs", 500, "--batch", 8)
+    amounts, ks = (500, 5000), (1, 2, 4)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
-    learn = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500)
+    contexts, judged, candidates = "hh", "hh", ("code", "code")
+    learn, lm_tokens = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500), 12.3e6
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
+    prompt_text = Path(__file__).parents[1] / "data/prompts/hhh.txt"
 
     def __init__(self, args):
         super().__init__(args)
         if not args.data or not Path(args.data).is_dir():
-            raise InputError(f"{self.name} needs --data DIR, the folder of the published files" + (f"; {args.data} is no folder" if args.data else ""))
+            why = f"; {args.data} is no folder" if args.data else ""
+            raise InputError(f"{self.name} needs --data DIR, the folder of the published files{why}")
         self.files, self.given = Path(args.data).resolve(), Path(args.lm).resolve() if args.lm else None
         if self.given:
             config = checkpoint.load_lm(self.given)[0].config
-            self.sizes = args.sizes = [size for size, numbers in SIZES.items() if numbers == (config.n_layer, config.d_model, config.n_head)]
+            shape = config.n_layer, config.d_model, config.n_head
+            self.sizes = args.sizes = [size for size, numbers in SIZES.items() if numbers == shape]
             self.size = self.sizes[0]
-        self.ranked, self.binary = (tuple(name for name in names if name in args.sets) for names in (RANKED, BINARY))
+        self.ranked = tuple(name for name in RANKED if name in args.sets)
+        self.binary = tuple(name for name in BINARY if name in args.sets)
         self.targets = self.ranked + self.binary
         self.large = tuple(name for name in self.targets if name not in FEW)
-        self.prompt_text = Path(__file__).parents[1] / "data/prompts/hhh.txt"
 
-    def lm(self, size, seed):
-        return self.given or self.run("train_lm.py", "--data", self.text(), "--size", size, *self.learn, seconds=self.seconds(size, self.lm_tokens()))
+    def lm(self):
+        return self.given or self.run("train_lm.py", "--data", self.data("lm"), "--size", self.size,
+                                      *self.learn, seconds=self.seconds(self.lm_tokens))
 
-    def lm_tokens(self):
-        return 12.3e6
-
-    def find(self, pattern):
-        """The files under --data of this name; InputError without any, which fails the claim and not the lab."""
+    def data(self, name):
+        """The file of this name, as it is published or as data.prepare makes it. InputError where it is not
+        under --data, which fails the claim and not the lab."""
+        source, pattern = FILES[name]
         found = sorted(self.files.glob(pattern))
         if not found:
             raise InputError(f"{self.files / pattern}: no such file")
-        return found
-
-    def prepared(self, how, pattern, *more):
-        name, *flags = how.split()
-        return self.run(f"-m data.prepare {name}", *flags, *more, "--raw", *self.find(pattern), seconds=15)
-
-    def data(self, name):
-        how, pattern, _ = SETS[name]
-        return self.prepared(how, pattern)
+        if not source:
+            return found[0]
+        reader, *flags = source.split()
+        return self.run(f"-m data.prepare {reader}", *flags, "--raw", *found, seconds=15)
 
     def held_out(self, name):
-        return SETS[name][-1]
+        return HELD_OUT.get(name, 0.3)
 
-    def public(self, source):
-        return self.prepared(*PUBLIC[source])
-
-    def text(self):
-        return self.find("text")[0]
-
-    def dialogue(self):
-        return self.prepared(*PUBLIC["stackexchange"], "--dialogue")
-
-    def hhh(self, model, prompted=False, size=None):
-        return self.evaluate("hhh", model, "--data", self.find("hhh_alignment")[0], prompted=prompted, size=size)
-
-    def last_words(self, model, prompted=False, size=None):
-        return self.evaluate("lambada", model, "--data", *self.find("lambada/lambada_test.jsonl"), prompted=prompted, size=size, tokens=4e5)
-
-    def falsehoods(self, model, size=None):
-        """TruthfulQA."""
-        return self.evaluate("truthfulqa", model, "--data", *self.find("truthfulqa/TruthfulQA.csv"), size=size)
-
-    right, right_key = staticmethod(lambda rule: hits(rule, hit=choices.first_choice)), "MC1_{}"
-
-    def candidates(self):
-        return "code", self.data("code")
-
-    def contexts(self):
-        return self.data("hh")
-
-    def judge(self, seed):
-        return self.pm("hh", seed)
-
-    def toxicity_scorer(self, seed):
+    def toxicity_scorer(self):
         return ()  # Detoxify, where it is installed
 
 
 class Gpu(Small):
-    """The same sets, whole, on a GPU; the text under --data once. Put larger files of the same names there: SETS and PUBLIC in
-    this file say which."""
+    """The same sets, whole, on a GPU, and the text under --data once. Larger files may take their places:
+    FILES has the names."""
     name, default_sizes = "gpu", ("13m", "42m", "197m", "810m")
     vocabulary, tokens, flops = 50_000, 300, GPU_FLOPS * UTILISATION / 2
-    much, comparisons, tested, pmp = (), 20_000, 2000, ("--batch", 512, "--binarise")
-    sources, model_written = dict.fromkeys(PUBLIC), (20_000, 15_000)  # all of each
+    comparisons, tested, much, pmp = 20_000, 2000, (), ("--batch", 512, "--binarise")
+    sources, model_written = {name: None for name in Small.sources}, (20_000, 15_000)  # all of each
     learn = ("--tokenizer", "bpe:50000", "--ctx", 2048, "--batch", 2**18, "--compile")
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 1000), 200
 
+    @property
     def lm_tokens(self):
-        """About as many as --data DIR/text has bytes: it is packed to a quarter, and a token is four bytes."""
-        return sum(path.stat().st_size for path in self.text().rglob("*") if path.is_file())
+        """About as many as DIR/text has bytes: it is packed to a quarter, and a token is four bytes."""
+        return sum(path.stat().st_size for path in self.data("lm").rglob("*") if path.is_file())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's own sizes
 
-STAGES = (  # name, tokens, command; tokens: 400B for the LM; pairs of 500 tokens for PMP, of 300 for finetuning; 350M for distillation
-    ("language model", 400e9, "train_lm.py --data texts/ --tokenizer bpe:65536 --size {size} --ctx 8192 --batch 1048576 --out out/{size}/lm"),
-    ("distillation", 350e6, "distill.py --init out/{size}/lm --prompt hhh --data texts/ --dialogue stackexchange.jsonl --sequences 170000 --out out/{size}/distilled"),
-    ("PMP on the Mix", 8.3e6 * 500, "train_pm.py --init out/{size}/lm --stage pmp --binarise --data stackexchange.jsonl reddit.jsonl wikipedia.jsonl --out out/{size}/pmp"),
-    ("finetuning", 4e4 * 300, "train_pm.py --init out/{size}/pmp --stage finetune --data hh/ --out out/{size}/pm"))
+STAGES = (  # tokens: 400B; 350M; 8.3M pairs of 500 tokens; 40,000 pairs of 300
+    ("language model", 400e9, "train_lm.py --data texts/ --tokenizer bpe:65536 --size {size} --ctx 8192 "
+     "--batch 1048576 --out out/{size}/lm"),
+    ("distillation", 350e6, "distill.py --init out/{size}/lm --prompt hhh --data texts/ --dialogue "
+     "stackexchange.jsonl --sequences 170000 --out out/{size}/distilled"),
+    ("PMP on the Mix", 8.3e6 * 500, "train_pm.py --init out/{size}/lm --stage pmp --binarise --data "
+     "stackexchange.jsonl reddit.jsonl wikipedia.jsonl --out out/{size}/pmp"),
+    ("finetuning", 4e4 * 300, "train_pm.py --init out/{size}/pmp --stage finetune --data hh/ "
+     "--out out/{size}/pm"))
 
 
 def paper_plan():
     """Print what each stage of the paper would take at its seven sizes; run nothing."""
-    print(f"Assumed: GPUs of {GPU_BYTES / 1e9:.0f} GB and {GPU_FLOPS / 1e12:.0f} TFLOP/s in bf16, {UTILISATION:.0%} of that reached; 6 FLOPs a parameter and token; 16 bytes a "
-          "parameter\nfor weights, gradients and optimizer, and half a GPU for activations. This project is data parallel: each GPU holds the whole model. Where that\n"
-          "does not fit, the number of GPUs is what sharding the state, which is not here, would need at least.\n")
+    print(f"""\
+Assumed: GPUs of {GPU_BYTES / 1e9:.0f} GB and {GPU_FLOPS / 1e12:.0f} TFLOP/s in bf16, {UTILISATION:.0%} of \
+that reached; 6 FLOPs a parameter and token;
+16 bytes a parameter for weights, gradients and optimizer, and half a GPU for activations. This project is
+data parallel: each GPU holds the whole model. Where that does not fit, the number of GPUs is what sharding
+the state, which is not here, would need at least.
+""")
     for size in ("13m", "42m", "197m", "810m", "2.7b", "13b", "52b"):
         n = parameters(size, 65536)
         least = math.ceil(16 * n / (GPU_BYTES / 2))
         gpus = max(8, 8 * math.ceil(least / 8))
-        print(f"{size}: {n / 1e9:.3f}B parameters with embeddings, {16 * n / 1e9:,.1f} GB of state" + ("" if least == 1 else f"; does not fit one GPU: needs sharding over {least} or more"))
+        fits = "" if least == 1 else f"; does not fit one GPU: needs sharding over {least} or more"
+        print(f"{size}: {n / 1e9:.3f}B parameters with embeddings, {16 * n / 1e9:,.1f} GB of state{fits}")
         for name, tokens, command in STAGES:
             hours = 6 * n * tokens / (gpus * GPU_FLOPS * UTILISATION) / 3600
-            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {gpus} GPUs   torchrun --nproc_per_node 8 {command.format(size=size)}")
+            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {gpus} GPUs   "
+                  f"torchrun --nproc_per_node 8 {command.format(size=size)}")

@@ -1,17 +1,26 @@
-"""The lab: runs under names of their flags, data and code; failures that stay where they are; effects, verdicts, the report."""
+"""The lab: runs named by flags, data and code; statistics, premises and verdicts; figures and the report."""
 import json
+import math
+import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, write_jsonl
 
-from claims import findings
 import lab
-from claims import runs as runner
-from claims.report import picture, write_report
+from claims import findings, runs, scales
+from claims.figures import picture, points
+from claims.findings import (
+    Estimate, Finding, Outcome, above, compared, equal, growing, mean, minus, not_above, outcome, over_seeds)
+from claims.report import introduction, write_report
 from claims.runs import Run, execute, needed
+from evals import pm
 
 GAMES = "model_a,model_b,winner\n" + "x,y,a\n" * 12 + "x,y,b\n" * 4 + "y,z,a\n" * 9 + "y,z,b\n" * 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 @pytest.fixture
@@ -21,182 +30,549 @@ def games(tmp_path):
     return path
 
 
+def elo(folder, *flags):
+    return Run(folder, "evaluate.py", "elo", "--games", *flags, seconds=1)
+
+
 def test_a_runs_name_is_its_flags_its_data_and_its_code(tmp_path, games, monkeypatch):
-    make = lambda *flags: Run(tmp_path, "evaluate.py", "elo", "--games", *flags)
-    first, copy = make(games), tmp_path / "copy.csv"
+    first, copy = elo(tmp_path, games), tmp_path / "copy.csv"
     copy.write_text(GAMES)
-    assert make(copy).key == first.key  # the content counts, not the place
+    assert elo(tmp_path, copy).key == first.key  # the content counts, not the place
     copy.write_text(GAMES + "x,z,a\n")
-    assert len({first.key, make(copy).key, make(games, "--seed", 1).key}) == 3
-    trained = Run(tmp_path, "train_pm.py", "--init", first)
-    assert trained.key != Run(tmp_path, "train_pm.py", "--init", make(copy)).key and trained.needs == [first]
-    monkeypatch.setitem(runner._versions, ROOT / "evaluate.py", "other code")
-    assert make(games).key != first.key
+    assert len({first.key, elo(tmp_path, copy).key, elo(tmp_path, games, "--seed", 1).key}) == 3
+    trained = Run(tmp_path, "train_pm.py", "--init", first, seconds=1)
+    other = Run(tmp_path, "train_pm.py", "--init", elo(tmp_path, copy), seconds=1)
+    assert trained.key != other.key and trained.needs == [first]
+    monkeypatch.setattr(runs, "code_digest", lambda script: "other code")
+    assert elo(tmp_path, games).key != first.key
 
 
-def test_what_a_script_imports_is_its_code_but_comments_are_not(tmp_path):
-    names = {path.name for path in runner.imported(ROOT / "train_lm.py")}
-    assert {"train_lm.py", "model.py", "trainer.py", "tokenizer.py"} <= names and not names & {"evaluate.py", "chat.py", "elo.py"}
-    script = tmp_path / "script.py"
-    script.write_text('"""One."""\nx = 1  # one\n')
-    before = runner._source(script)
-    script.write_text('"""Two,\nlonger."""\n\nx = 1\n')
-    assert runner._source(script) == before
-    script.write_text('"""One."""\nx = 2\n')
-    assert runner._source(script) != before
+def test_the_code_of_a_script_is_what_it_imports(tmp_path, monkeypatch):
+    for name, text in {"script": "import used", "used": "x = 1", "unused": "x = 1"}.items():
+        (tmp_path / f"{name}.py").write_text(text + "\n")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+
+    def digest():
+        runs.code_digest.cache_clear()
+        return runs.code_digest("script.py")
+    before = digest()
+    (tmp_path / "unused.py").write_text("x = 2\n")
+    assert digest() == before
+    (tmp_path / "used.py").write_text("x = 2\n")
+    assert digest() != before
+    monkeypatch.undo()
+    runs.code_digest.cache_clear()
+    names = [f"-m data.prepare {name}" for name in ("stackexchange", "reddit", "human-vs-model")]
+    assert len({*map(runs.code_digest, names)}) == 3  # data.prepare imports its sources by name
 
 
 def test_runs_are_done_once_and_a_failure_stays_where_it_is(tmp_path, games):
     bad = tmp_path / "bad.csv"
     bad.write_text("model_a,model_b,winner\nx,x,a\n")
-    good, fails = (Run(tmp_path / "runs", "evaluate.py", "elo", "--games", path) for path in (games, bad))
-    follows = Run(tmp_path / "runs", "evaluate.py", "elo", "--games", fails)
+    good, fails = (elo(tmp_path / "runs", path) for path in (games, bad))
+    follows = elo(tmp_path / "runs", fails)
     assert [r.key for r in needed([follows, good, fails])] == [fails.key, follows.key, good.key]
-    failed = execute([follows, good], jobs=2)
-    assert set(failed) == {fails.key, follows.key} and "a game is between two models" in failed[fails.key] and "which failed" in failed[follows.key]
+    seen = []
+    failed = execute([follows, good], jobs=2, after_each=lambda failed: seen.append((good.done, len(failed))))
+    assert set(failed) == {fails.key, follows.key} and seen[-1] == (True, 2)
+    assert "a game is between two models" in failed[fails.key] and "which failed" in failed[follows.key]
     assert good.done and not fails.done and good.figures["games"] == 28 and len(good.items()) == 28
     made = (good.folder / "done.json").stat().st_mtime_ns
     bad.write_text(GAMES)
-    mended = Run(tmp_path / "runs", "evaluate.py", "elo", "--games", bad)
-    assert mended.key == good.key and execute([mended], jobs=1) == {} and (good.folder / "done.json").stat().st_mtime_ns == made
+    mended = elo(tmp_path / "runs", bad)
+    assert mended.key == good.key and execute([mended], jobs=1) == {}
+    assert (good.folder / "done.json").stat().st_mtime_ns == made
 
 
 def test_an_interrupted_training_is_resumed(tmp_path, lm, comparisons_file):
-    flags = ("--init", lm, "--data", comparisons_file, "--steps", 3, "--batch", 4)
-    make = lambda: Run(tmp_path / "runs", "train_pm.py", *flags)
-    begun = make()
+    begun = Run(tmp_path / "runs", "train_pm.py", "--init", lm, "--data", comparisons_file, "--steps", 3,
+                "--batch", 4, seconds=1)
     begun.out.mkdir(parents=True)
-    (begun.out / "metrics.jsonl").write_text("")  # as a killed run leaves it before its first checkpoint; without --resume it is refused
-    assert execute([make()], jobs=1) == {} and begun.figures["comparisons"] > 0 and (begun.out / "model.safetensors").exists()
+    # As a killed run leaves it before its first checkpoint; without --resume it would be refused.
+    (begun.out / "metrics.jsonl").write_text("")
+    assert execute([begun], jobs=1) == {} and begun.figures["comparisons"] > 0
+    assert (begun.out / "model.safetensors").exists()
 
 
 def test_each_job_has_a_gpu_or_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(runner, "cores", lambda: 6)
+    monkeypatch.setattr(runs, "cores", lambda: 6)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [runner.share(slot, 3, 0) for slot in range(2)] == [{"OMP_NUM_THREADS": "2"}] * 2
-    assert [runner.share(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    assert [runs.share(slot, 3, 0) for slot in range(2)] == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert [runs.share(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # those that the lab itself was given
-    assert [runner.share(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "7"]
+    assert [runs.share(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "7"]
 
 
 def test_how_scripts_are_launched():
-    assert runner.launched(["train_lm.py", "--size", "test"], "torchrun --nproc_per_node 2") == ["torchrun", "--nproc_per_node", "2", "train_lm.py", "--size", "test"]
-    shell = runner.launched(["train_lm.py", "--data", "a b"], "srun --gpus 1 {command}")
-    assert shell[:2] == ["sh", "-c"] and shell[2].startswith("srun --gpus 1 ") and shell[2].endswith("train_lm.py --data 'a b'")
+    words = ["torchrun", "--nproc_per_node", "2", "train_lm.py", "--size", "test"]
+    assert runs.launched(["train_lm.py", "--size", "test"], "torchrun --nproc_per_node 2") == words
+    shell = runs.launched(["train_lm.py", "--data", "a b"], "srun --gpus 1 {command}")
+    assert shell[:2] == ["sh", "-c"] and shell[2].startswith("srun --gpus 1 ")
+    assert shell[2].endswith("train_lm.py --data 'a b'")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def coins(seed, n=400, per_group=4):
+    """Values of n items, 0 or 1 at random, in groups."""
+    rng = np.random.default_rng(seed)
+    return {i: (float(rng.random() < 0.5), str(i // per_group)) for i in range(n)}
 
 
 def test_differences_are_paired_and_their_interval_has_groups_and_seeds():
-    rng = np.random.default_rng(0)
-    base = [{i: (float(rng.random() < 0.5), str(i // 4)) for i in range(400)} for _ in range(3)]
-    better = [{i: (min(1.0, value + (i % 10 == 0)), group) for i, (value, group) in seed.items()} for seed in base]
-    effect, low, high = findings.difference({"": base}, {"": better})
+    base = [coins(seed) for seed in range(3)]
+    better = [{i: (min(1.0, value + (i % 10 == 0)), group) for i, (value, group) in seed.items()}
+              for seed in base]
+    effect, low, high, over, data = mean(minus({"": better}, {"": base}))
     by_hand = 100 * np.mean([[better[s][i][0] - base[s][i][0] for i in base[s]] for s in range(3)])
     assert effect == pytest.approx(by_hand) and low < effect < high and high - low < 12
-    wider = findings.difference({"": base}, {"": [better[0], base[1], {i: (0.0, g) for i, (_, g) in base[2].items()}]})
-    assert wider[2] - wider[1] > 40  # seeds that disagree
-    same = {"a": base, "b": base}
-    two = findings.difference(same, {"a": better, "b": base})
-    assert two[0] == pytest.approx(by_hand / 2) and (two[2] - two[1]) == pytest.approx((high - low) / 2)  # a mean over sets, one of which adds nothing
-    assert [finding.what for finding in findings.compared("gain", same, {"a": better, "b": base})] == ["gain, mean of 2 sets", "gain, a", "gain, b"]
+    assert over == "groups and seeds" and data == "400 items in 100 groups, 3 seeds"
+    disagreeing = [better[0], base[1], {i: (0.0, group) for i, (_, group) in base[2].items()}]
+    wider = mean(minus({"": disagreeing}, {"": base}))
+    assert wider.high - wider.low > 40
+    # A mean over two sets, one of which adds nothing.
+    first, second = {"a": base, "b": base}, {"a": better, "b": base}
+    two = mean(minus(second, first))
+    assert two.effect == pytest.approx(by_hand / 2) and two.high - two.low == pytest.approx((high - low) / 2)
+    assert [finding.what for finding in compared("y > x", {"x": first, "y": second})] == [
+        "y minus x, mean of 2 sets", "y minus x, a", "y minus x, b"]
 
 
-def test_verdicts():
-    assert [findings.above("", 2, low, high).verdict for low, high in ((1, 3), (-1, 5), (-4, -1))] == ["holds", "cannot tell", "does not hold"]
-    assert [findings.equal("", 0, low, high).verdict for low, high in ((-2, 2), (1, 2), (-4, 1), (1, 5), (-6, -4))] == \
-        ["holds", "holds", "cannot tell", "does not hold", "does not hold"]
-    assert findings.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
-    assert findings.above("", *findings.over_seeds([1.0, 1.0, 1.0])).verdict == "cannot tell"  # one model for all seeds: no interval
+def test_groups_hang_together():
+    """Items that are copies of each other within a group tell no more than one item for each group."""
+    single = coins(0, n=100, per_group=1)
+    alone = mean({"": [single]})
+    copies = mean({"": [{(i, copy): value for i, value in single.items() for copy in range(9)}]})
+    assert copies.high - copies.low == pytest.approx(alone.high - alone.low)
 
 
-class Scored:
-    """A finished `evaluate.py pm` run of 200 comparisons, right on some of them with the context and on half without it."""
+def test_one_model_scored_under_three_seeds_is_one_seed():
+    once, thrice = mean({"": [coins(0)]}), mean({"": [coins(0)] * 3})
+    assert thrice == once and thrice.over == "groups" and thrice.data.endswith("1 seed")
+    other = mean({"": [coins(0), coins(0), coins(1)]})  # two models, so Student's factor is that of two seeds
+    assert other.data.endswith("2 seeds") and other.high - other.low > 5 * (once.high - once.low) / 2
+    assert above("", over_seeds([1.0, 1.0, 1.0])).verdict == "cannot tell"  # one model, and no items
+    assert math.isinf(over_seeds([1.0, 1.0, 1.0]).low)
 
-    def __init__(self, right):
-        self.right, self.figures = right, {"score": "reward", "accuracy": right, "no_context": 0.5, "longer_wins": 0.5}
 
-    def items(self):
-        return [{"where": i, "group": str(i), "scores": [1, 0], "reward": [float(i < 200 * self.right), 0.5], "no_context": [float(i % 2), 0.5]} for i in range(200)]
+def test_seeds_may_have_items_of_their_own():
+    found = mean({"": [{f"{seed} {i}": value for i, value in coins(seed).items()} for seed in range(3)]})
+    every = [value for seed in range(3) for value, _ in coins(seed).values()]
+    assert found.effect == pytest.approx(100 * np.mean(every)) and found.data.endswith("3 seeds")
 
 
-def test_arms_that_learned_nothing_are_not_reported_as_equal():
-    class scale:
-        size, sizes = "test", ["test"]
-    verdicts = lambda right: [finding.verdict for finding in lab.imitation_findings(
-        scale, {"imitation": {"test": {"set": [Scored(right)] * 3}}, "preference model": {"test": {"set": [Scored(right)] * 3}}}, "accuracy", findings.equal)[0]]
-    assert verdicts(0.9) == ["holds", "holds"] and verdicts(0.5) == ["cannot tell", "cannot tell"]
+def test_verdicts_on_one_difference():
+    def verdicts(rule, *intervals):
+        return [rule("", Estimate(0, *ends)).verdict for ends in intervals]
+    assert verdicts(above, (1, 3), (-1, 5), (-4, -1)) == ["holds", "cannot tell", "does not hold"]
+    assert verdicts(equal, (-2, 2), (1, 2), (-4, 1), (1, 5), (-6, -4)) == [
+        "holds", "holds", "cannot tell", "does not hold", "does not hold"]
+    assert verdicts(not_above, (-9, 2), (1, 2), (-4, 4), (1, 5)) == [
+        "holds", "holds", "cannot tell", "does not hold"]
+    half = 4.30 / 3**0.5  # Student's
+    assert over_seeds([1.0, 2.0, 3.0])[:3] == pytest.approx((2, 2 - half, 2 + half))
+
+
+def scored(skill, n=600, seed=0, temperature=1.0):
+    """A finished `evaluate.py pm` run; its rewards are calibrated if the temperature is 1."""
+    rng = np.random.default_rng(seed)
+    logits = np.abs(rng.normal(0, skill, n))
+    right = rng.random(n) < 1 / (1 + np.exp(-logits))
+    margin = temperature * logits * np.where(right, 1, -1)
+    items = [{"where": i, "group": str(i // 2), "scores": [1, 0], "reward": [m, 0.0],
+              "no_context": [float(i % 2), 0.5]} for i, m in enumerate(margin)]
+    return FakeRun({"score": "reward", "n": n, "groups": n // 2, "accuracy": float(np.mean(margin > 0)),
+                    "accuracy_se": 0.02, "longer_wins": 0.52, "longer_wins_se": 0.02, "shorter_wins": 0.48,
+                    "shorter_wins_se": 0.02, "no_context": 0.5,
+                    "reliability": pm.calibration(margin, np.ones(n))[2]}, items)
+
+
+class FakeRun:
+    def __init__(self, figures, items):
+        self.figures, self.items = figures, lambda: items
+
+
+@pytest.mark.parametrize("temperature, effect", [
+    (1.0, 0.0), (2.0, 75 - 100 / (1 + 3**-0.5)), (0.5, 75 - 90.0)])
+def test_calibration_is_how_often_a_model_is_right_where_it_says_75_percent(temperature, effect):
+    found = findings.overconfidence({"": [scored(2.0, 6000, seed, temperature) for seed in range(3)]})
+    assert found.effect == pytest.approx(effect, abs=2) and found.low - 1 < effect < found.high + 1
+
+
+def test_calibration_has_an_interval_by_group():
+    one = findings.overconfidence({"": [scored(2.0, 600)]})
+    many = findings.overconfidence({"": [scored(2.0, 6000)]})
+    ratio = (one.high - one.low) / (many.high - many.low)
+    assert one.over == "groups" and ratio == pytest.approx(10**0.5, rel=0.3)
+
+
+def games_of(shares):
+    """Games of three players in as many contexts as there are shares that plain wins."""
+    return FakeRun({}, [{"model_a": a, "model_b": b, "winner": share} for a, b, part in (
+        ("plain", "prompted", 0), ("plain", "distilled", 0), ("prompted", "distilled", 0.5))
+        for share in (shares if not part else [part] * len(shares))])
+
+
+def test_elo_resamples_contexts():
+    """All games of a context hang together: 40 contexts tell as much however many players meet in them."""
+    shares = np.random.default_rng(0).random(40)
+    found = findings.elo_difference([games_of(shares)], "prompted", "plain")
+    won = 1 - shares.mean()
+    assert found.effect == pytest.approx(400 * math.log10(won / (1 - won)), abs=3) and found.over == "groups"
+    error = shares.std() / 40**0.5 / (won * (1 - won)) * 400 / math.log(10)
+    assert found.high - found.effect == pytest.approx(1.96 * error, rel=0.15)
+
+
+def test_an_ensemble_is_compared_with_its_members_over_groups():
+    members = {"": [coins(seed) for seed in range(3)]}
+    found = findings.gain_over_members({"": [coins(3)]}, members)
+    each = [mean(minus({"": [coins(3)]}, {"": [member]})).effect for member in members[""]]
+    assert found.effect == pytest.approx(np.mean(each)) and found.over == "groups"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Verdicts on whole claims
+
+
+def finding(verdict):
+    return Finding("a minus b", 1.0, 0.5, 1.5, "groups and seeds", "9 items in 3 groups, 3 seeds", verdict)
+
+
+@pytest.mark.parametrize("parts, premises, verdict", [
+    (["holds", "holds"], [], "holds"), (["holds", "cannot tell"], [], "cannot tell"),
+    (["holds", "does not hold"], [], "does not hold"),
+    (["cannot tell", "does not hold"], [], "does not hold"),
+    (["holds"], ["cannot tell"], "cannot tell"), (["does not hold"], ["does not hold"], "cannot tell"),
+    (["holds"], ["holds"], "holds")])
+def test_a_claim_holds_if_all_its_parts_and_premises_hold(parts, premises, verdict):
+    assert Outcome([*map(finding, parts)], [*map(finding, premises)], [], {}).verdict == verdict
+
+
+def right_on(share, n=300):
+    """Values of three seeds that are right on such a share of n items."""
+    return {"": [{i: (float((i * 7 + seed) % n < share * n), str(i)) for i in range(n)} for seed in range(3)]}
+
+
+def test_growing_claims_test_both_their_parts_and_say_what_one_size_leaves_open():
+    found = {"x": {"test": right_on(0.5), "0.8m": right_on(0.5)},
+             "y": {"test": right_on(0.6), "0.8m": right_on(0.9)}}
+    both = growing(found, {}, "y > x", ["y > chance"])
+    assert both.verdict == "holds" and len(both.parts) == 2 and "0.8M" in both.parts[0].what
+    shrinking = {name: {"test": by_size["0.8m"], "0.8m": by_size["test"]} for name, by_size in found.items()}
+    assert growing(shrinking, {}, "y > x", []).verdict == "does not hold"
+    one = growing({name: {"0.8m": by_size["0.8m"]} for name, by_size in found.items()}, {}, "y > x", [])
+    assert one.verdict == "holds" and "one size" in one.untested
+
+
+def test_equality_must_hold_on_each_set():
+    """Differences that cancel in the mean are differences."""
+    few, many = right_on(0.5, 3000)[""], right_on(0.9, 3000)[""]
+    found = {"x": {"a": few, "b": many}, "y": {"a": many, "b": few}}
+    told = outcome(found, {}, ["x = y"])
+    assert told.parts[0].verdict == "holds" and told.verdict == "does not hold"
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A function that concludes a claim from made-up runs; skill(run) says how good a run is."""
+    def conclude(name, skill=lambda run: 1.0, sizes=("test", "0.8m"), seeds=3, draw=picture):
+        results = {}
+        monkeypatch.setattr(lab, "picture", draw)
+
+        def result(run):
+            if run.key not in results:
+                results[run.key] = made_up_result(run, skill(run))
+            return results[run.key]
+        monkeypatch.setattr(Run, "figures", property(lambda run: result(run)[0]))
+        monkeypatch.setattr(Run, "items", lambda run: result(run)[1])
+
+        class args:
+            out, data, lm, sets = tmp_path, tmp_path, None, scales.RANKED + scales.BINARY
+        args.seeds, args.sizes = seeds, list(sizes)
+        claim = lab.CLAIMS[name]((scales.Toy if name not in scales.Toy.without else Published)(args))
+        next(claim)
+        return lab.concluded(claim)
+    return conclude
+
+
+class Published(scales.Small):
+    """Published sets without files."""
+
+    def data(self, name):
+        return name
+
+
+def words(run):
+    """All flags of a run and of those that it needs."""
+    return [str(flag) for flag in run.flags if not isinstance(flag, Run)] + [
+        word for need in run.needs for word in words(need)]
+
+
+def made_up_result(run, skill, n=240):
+    """(figures, items) as a run of its kind leaves them, with a margin of about skill in each item.
+
+    An item is as hard in one run as in another; the noise depends on the flags, without paths."""
+    flags = " ".join(word for word in words(run) if "/" not in word)
+    rng = np.random.default_rng(zlib.crc32(flags.encode()))
+    hardness = np.random.default_rng(0).permutation(np.linspace(-1.5, 1.5, n))
+    margin = skill - hardness + rng.normal(0, 0.1, n)
+    kind, is_imitation = run.flags[0], "imitation" in words(run)
+    place = [{"where": i, "item": i, "group": str(i // 2), "scores": [1, 0]} for i in range(n)]
+    rate = float(np.mean(margin > 0))
+    if run.trains:
+        loss, accuracy = rng.normal(3 - skill, 0.01), rng.normal(0.5 + skill / 10, 0.005)
+        return {"loss": loss, "accuracy": accuracy}, []
+    if kind == "pm":
+        how = "mean" if is_imitation else "reward"
+        found = scored(1.0)
+        keys = {how: margin, "no_context": margin - skill, "mean_of_3": margin + 0.3, "least_of_3": margin}
+        items = [at | {key: [value[i], 0.0] for key, value in keys.items()} for i, at in enumerate(place)]
+        return {**found.figures, "score": how, "n": n, "groups": n // 2, "accuracy": rate, "mean_of_3": rate,
+                "least_of_3": rate}, items
+    if kind in ("hhh", "truthfulqa", "choice"):
+        items = [{**at, "category": ("helpful", "honest")[i % 2], "scores": [2, 0],
+                  **dict.fromkeys(("mean", "mi", "sum"), [margin[i], 0.0])} for i, at in enumerate(place)]
+        names = [f"accuracy_mean{part}" for part in ("", "_helpful", "_honest")]
+        names += [f"MC1_{rule}" for rule in ("sum", "mean", "mi")]
+        return {"chance": {"MC1": 0.5}, **dict.fromkeys(names, rate)}, items
+    if kind == "toxicity":
+        items = [{"prompt": str(i), "toxicity": [float(m < 0)]} for i, m in enumerate(margin)]
+        return {"mean": 1 - rate}, items
+    if kind == "lambada":
+        items = [at | {"right": bool(m > 0), "log_prob": m - 4} for at, m in zip(place, margin)]
+        return {"accuracy": rate, "log_prob": skill - 4}, items
+    if kind == "rerank":
+        right = rng.random((n, 4)) < 0.4
+        how, name = ("mean", "mean_log-prob") if is_imitation else ("reward", "reward")
+        items = [at | {"right": marks.astype(int).tolist(), how: (skill * marks + rng.random(4)).tolist()}
+                 for at, marks in zip(place, right)]
+        keys = [f"accuracy@{k}_{key}" for k in (1, 2) for key in (name, "chance", "best_possible")]
+        return dict.fromkeys(keys, 0.5), items
+    if kind == "elo":
+        items = games_of(np.clip(rng.normal(0.5 - skill / 9, 0.1, 60), 0, 1)).items()
+        players = {name: {"elo": rng.normal()} for name in ("plain", "prompted", "distilled")}
+        return {"players": players}, items
+    if kind == "mbpp":
+        return {"pass@1": rate}, [{"id": i, "passed": int(m > 0), "n": 1} for i, m in enumerate(margin)]
+    raise AssertionError(f"no made-up result for {run.script} {kind}")
+
+
+def has(word, more, otherwise=0.5):
+    """A skill: `more` for runs with this word among their flags or those of what they need."""
+    return lambda run: more if word in words(run) else otherwise
+
+
+@pytest.mark.parametrize("name", lab.CLAIMS)
+def test_every_claim_comes_to_a_verdict_with_premises_and_a_figure(made_up, name):
+    told = made_up(name)
+    assert not isinstance(told, str), told
+    assert told.png[:4] == b"\x89PNG" and told.parts
+    assert told.verdict in ("holds", "does not hold", "cannot tell")
+    assert told.premises or name == "toxicity-falls"
+    if name not in ("ensembles", "scaling"):
+        assert not isinstance(made_up(name, sizes=["0.8m"], seeds=1, draw=undrawn), str)
+
+
+def undrawn(outcome):
+    return b""
+
+
+def badly_binarised(run):
+    """Pre-training has learned nothing, and yet the binarised arm is the better one."""
+    return -1.0 if run.trains else has("--binarise", 1.0, 0.0)(run)
+
+
+@pytest.mark.parametrize("name, skill, premise", [
+    ("prompt-helps", has("--prompt", -0.2, -0.9), "prompted minus chance"),
+    ("distilled-equals-prompted", has("--prompt", 0.6, 0.9), "prompted minus plain"),
+    ("ranked-beats-imitation", has("imitation", -0.9, -0.2), "without context"),
+    ("binary-equals-imitation", lambda run: -0.2, "without context"),
+    ("pmp-sample-efficiency", has("--sizes", -0.2, -0.9), "minus chance"),
+    ("binary-pmp-transfers-better", badly_binarised, "own held-out"),
+    ("human-vs-model-pairs", has("--pairs_per_group", 0.3, 0.9), "minus none"),
+    ("accuracy-at-k", has("imitation", -0.9, -0.3), "a random one"),
+    ("elo-ranks", lambda run: -0.2, "length rulers"),
+    ("prior-not-finetuning", has("--ctx", 0.6, 0.9), "prompted minus untouched"),
+    ("code-tax", lambda run: -9.0, "programs that pass"),
+    ("alignment-tax", lambda run: -9.0, "last words told right"),
+    ("truthfulqa-needs-mutual-information", lambda run: -0.2, "chance"),
+    ("calibration", lambda run: -0.2, "chance"),
+    ("synthetic-transfer", badly_binarised, "own held-out")])
+def test_nothing_can_be_told_where_nothing_was_learned_or_a_premise_fails(made_up, name, skill, premise):
+    told = made_up(name, skill, draw=undrawn)
+    assert told.verdict == "cannot tell"
+    assert any(premise in missing.what for missing in told.premises if missing.verdict != "holds")
+
+
+def test_the_alignment_tax_is_the_words_log_prob(made_up):
+    """It is paid by the smallest model and not by the largest; accuracies stand beside it."""
+    paid = has("--prompt", 0.2, 1.0)
+    told = made_up("alignment-tax", lambda run: 1.0 if "0.8m" in words(run) else paid(run), draw=undrawn)
+    assert told.verdict == "holds" and {part.unit for part in told.parts} == {"nats"}
+    assert made_up("alignment-tax", paid, draw=undrawn).verdict == "does not hold"
+
+
+def test_each_source_must_help(made_up):
+    def skill(run):
+        flags = words(run)
+        only_wikipedia = "1700" in flags and "7000" not in flags
+        return 0.3 if "--sizes" not in flags or only_wikipedia else 1.5
+    told = made_up("pmp-by-source", skill, draw=undrawn)
+    assert told.parts[0].verdict == "holds" and told.verdict != "holds"
+    helping = {part.what: part.verdict for part in told.parts if part.what.endswith("minus none")}
+    assert helping == {"stackexchange minus none": "holds", "reddit minus none": "holds",
+                       "wikipedia minus none": "cannot tell"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures and report
+
+
+def test_figures_show_no_noise_and_no_bar_past_100_percent():
+    from matplotlib import pyplot as plt
+    figure, (still, high) = plt.subplots(1, 2)
+    points({"a": {"x": (0.0, 0.0), "y": (0.04, 0.0)}}, "passed, %")(still)
+    assert np.ptp(still.get_ylim()) >= 4
+    points({"a": {"x": (99.0, 5.0)}}, "right, %", chance=50)(high)
+    top = max(segment[:, 1].max() for bars in high.collections for segment in bars.get_segments())
+    assert top == 100 and "chance" in high.get_legend_handles_labels()[1]
+    plt.close(figure)
+
+
+def test_sizes_are_named_by_their_parameters():
+    assert [scales.size_label(size) for size in ("test", "0.8m", "13m", "2.7b", "52b")] == \
+        ["0.1M", "0.8M", "13M", "2.72B", "51.5B"]
 
 
 def test_the_report_is_one_file_and_tells_failures(tmp_path):
     class args:
         scale, seeds, sizes, given = "toy", 3, ["test"], ["--seeds", "3"]
-    results = {"it-holds": ("It holds.", [findings.above("b minus a", 5.0, 2.0, 8.0), findings.above("c", *findings.over_seeds([1.0, 1.0]))], picture(findings.bars({"a": {"x": (50, 1)}, "b": {"x": (55, 2)}}, "accuracy, %"))),
-               "it-failed": ("It fails.", None, "train_pm.py: exit code 2: no <data>")}
+    panel = {"": points({"": {"a": (50, 1), "b": (55, 2)}}, "accuracy, %")}
+    told = Outcome([above("b minus a", Estimate(5.0, 2.0, 8.0, data="9 items in 3 groups, 3 seeds"))], [],
+                   [above("c", over_seeds([1.0, 1.0]))], panel, "what <is> left")
+    told.png = picture(told)
+    results = {"it-holds": ("It holds.", told),
+               "it-failed": ("It fails.", "train_pm.py: exit code 2: no <data>")}
     write_report(tmp_path, args, results)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    assert "data:image/png;base64," in page and "src='it" not in page and "no &lt;data&gt;" in page and "<script" not in page
-    assert "| it-holds | +5.0 (+2.0 to +8.0) points | *holds* | It holds. | `python lab.py toy it-holds --seeds 3` |" in text
-    assert "- c: +1.0 points (no interval): *cannot tell*" in text
-    assert "failed: train_pm.py: exit code 2" in text and (tmp_path / "it-holds.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]["findings"][0]["verdict"] == "holds"
+    assert "data:image/png;base64," in page and "src='it" not in page
+    assert "no &lt;data&gt;" in page and "<script" not in page and "<em>holds</em>" in page
+    row = "| it-holds | +5.0 (+2.0 to +8.0) points | *holds* | It holds. |"
+    assert f"{row} `python lab.py toy it-holds --seeds 3` |" in text
+    assert "- beside: c: +1.0 points (no interval): *cannot tell*" in text
+    assert "Verdict: *holds*. Not tested: what <is> left." in text and "9 items in 3 groups, 3 seeds" in text
+    assert "failed: train_pm.py: exit code 2" in text and (tmp_path / "it-holds.png").read_bytes() == told.png
+    claim = json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]
+    assert claim["verdict"] == claim["findings"][0]["verdict"] == "holds"
+    assert claim["findings"][1]["low"] is None
+
+
+def test_the_report_says_how_many_verdicts_chance_makes():
+    told = Outcome([finding("holds")] * 2, [], [], {})
+    assert "10 verdicts on 20 parts" in introduction(dict.fromkeys(range(10), told))
+    assert "about 1.0 of the 20 parts" in introduction(dict.fromkeys(range(10), told))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_unknown_claims_and_scales_are_told_what_there_is(tmp_path):
-    done = run("lab.py", "toy", "moon-is-cheese", "--out", tmp_path)
-    assert done.returncode == 2 and "no claim 'moon-is-cheese' at this scale; there are prompt-helps" in done.stderr and done.stderr.count("\n") == 1
-    done = run("lab.py", "enormous", "--out", tmp_path)
-    assert done.returncode == 2 and "'toy'" in done.stderr
-    done = run("lab.py", "small", "--out", tmp_path)
-    assert done.returncode == 2 and "small needs --data DIR" in done.stderr and done.stderr.count("\n") == 1
+    for flags, message in (
+            (["toy", "moon-is-cheese"], "no claim 'moon-is-cheese' at this scale; there are prompt-helps"),
+            (["enormous"], "'toy'"), (["toy", "--seeds", 0], "--seeds"),
+            (["small"], "small needs --data DIR")):
+        done = run("lab.py", *flags, "--out", tmp_path)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
     text = run("lab.py", "-h").stdout
-    assert all(name in text and f.__doc__.startswith(("Section", "Appendix")) for name, f in lab.CLAIMS.items())
+    for name, claim in lab.CLAIMS.items():
+        assert name in text and claim.__doc__.startswith(("Section", "Appendix"))
     listed = run("lab.py", "toy", "prompt-helps", "--dry_run", "--out", tmp_path, "--seeds", 2).stdout
-    assert "12 runs, 12 of them still to do" in listed and listed.count("train_lm.py") == 4 and listed.count("--prompt") == 4
+    assert "12 runs, 12 of them still to do" in listed
+    assert listed.count("train_lm.py") == 4 and listed.count("--prompt") == 4
+
+
+def test_the_first_claims_runs_come_first(tmp_path):
+    listed = run("lab.py", "toy", "core", "--dry_run", "--out", tmp_path, "--sizes", "0.8m").stdout
+    scripts = [line.split("python ")[1].split()[:2] for line in listed.splitlines() if "python " in line]
+    assert [script for script, _ in scripts[:9]].count("train_lm.py") == 3
+    assert all(script == "train_lm.py" or benchmark == "hhh" for script, benchmark in scripts[:9])
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder of the published sets' names and forms, with invented content."""
     folder, rng = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
-    words = lambda n: " ".join(rng.choice("the a cat dog sat ran on under big small red blue mat hill today again".split(), n))
+    vocabulary = "the a cat dog sat ran on under big small red blue mat hill today again".split()
+
+    def text(n):
+        return " ".join(rng.choice(vocabulary, n))
+
+    def dialogue(question, end):
+        return f"\n\nHuman: {question}\n\nAssistant: {text(4)} {end}"
+    questions = [f"{text(5)} {i}" for i in range(80)]
     files = {
-        "text/pages.jsonl": [{"text": words(60)} for _ in range(60)],
-        "hellaswag/hellaswag_val.jsonl": [{"activity_label": f"Activity {i % 40}", "ctx": words(6), "endings": [words(4) for _ in range(4)], "label": int(rng.integers(4))}
-                                          for i in range(120)],
-        "hh-rlhf/harmless-base/test.jsonl": [{"chosen": f"\n\nHuman: {q}\n\nAssistant: {words(4)} x", "rejected": f"\n\nHuman: {q}\n\nAssistant: {words(4)} y"}
-                                             for q in (words(5) + f" {i}" for i in range(80))],
-        "alpaca-eval/pairs.jsonl": [{"prompt": words(4) + f" {i}", "chosen": words(5), "rejected": words(3)} for i in range(60)],
-        "ukp-convarg/pairs.jsonl": [{"prompt": words(4) + f" {i}", "chosen": words(5), "rejected": words(3)} for i in range(60)]}
+        "text/pages.jsonl": [{"text": text(60)} for _ in range(60)],
+        "hellaswag/hellaswag_val.jsonl": [
+            {"activity_label": f"Activity {i % 40}", "ctx": text(6), "endings": [text(4) for _ in range(4)],
+             "label": int(rng.integers(4))} for i in range(120)],
+        "hh-rlhf/harmless-base/test.jsonl": [
+            {"chosen": dialogue(asked, "x"), "rejected": dialogue(asked, "y")} for asked in questions]}
+    for name in ("alpaca-eval/pairs.jsonl", "ukp-convarg/pairs.jsonl"):
+        files[name] = [{"prompt": f"{text(4)} {i}", "chosen": text(5), "rejected": text(3)}
+                       for i in range(60)]
     for name, records in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    posts = "".join(f'<row Id="{3 * i + 1}" PostTypeId="1" Score="2" Title="Q {i}" Body="&lt;p&gt;{words(4)}&lt;/p&gt;" />'
-                    + "".join(f'<row Id="{3 * i + 2 + a}" PostTypeId="2" ParentId="{3 * i + 1}" Score="{5 * a}" Body="&lt;p&gt;{words(5)}&lt;/p&gt;" />' for a in (0, 1))
-                    for i in range(60))
+        write_jsonl(folder / name, records)
+
+    def post(number, flags):
+        return f'<row Id="{number}" {flags} Body="&lt;p&gt;{text(5)}&lt;/p&gt;" />'
+    posts = ["<posts>"]
+    for i in range(1, 180, 3):
+        posts.append(post(i, f'PostTypeId="1" Score="2" Title="Q {i}"'))
+        posts += [post(i + 1 + a, f'PostTypeId="2" ParentId="{i}" Score="{5 * a}"') for a in (0, 1)]
     (folder / "stackexchange/site").mkdir(parents=True)
-    (folder / "stackexchange/site/Posts.xml").write_text(f"<posts>\n{posts.replace('/><', '/>' + chr(10) + '<')}\n</posts>\n")
+    (folder / "stackexchange/site/Posts.xml").write_text("\n".join([*posts, "</posts>"]) + "\n")
     return folder
 
 
 @pytest.mark.parametrize("scale", ["small", "gpu"])
 def test_the_scales_of_published_sets_list_their_runs_and_say_what_is_missing(tmp_path, published, scale):
-    listed = run("lab.py", scale, "--data", published, "--dry_run", "--out", tmp_path, "--sizes", "test", "--sets", "hellaswag", "hh").stdout
-    assert listed.count("train_lm.py --data") == 1 and "--objective imitation" in listed and "data.prepare stackexchange" in listed
-    assert "binary-equals-imitation cannot be tested: the sets that it compares" in listed and f"code-tax cannot be tested: {published}/mbpp" in listed
+    listed = run("lab.py", scale, "--data", published, "--dry_run", "--out", tmp_path, "--sizes", "test",
+                 "--sets", "hellaswag", "hh").stdout
+    assert listed.count("train_lm.py --data") == 1 and "--objective imitation" in listed
+    assert "data.prepare stackexchange" in listed
+    assert "binary-equals-imitation cannot be tested: the sets that it compares" in listed
+    assert f"code-tax cannot be tested: {published}/mbpp" in listed
     assert (listed.count("--binarise") > 3) == (scale == "gpu")  # small: in one claim only
 
 
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
-    """With the steps and amounts of a test."""
+    """With the steps and amounts of a test; verdicts are printed as soon as their runs are done."""
     script = tmp_path / "tiny.py"
-    script.write_text("import sys; sys.path.insert(0, sys.argv.pop(1))\nimport lab, scales\nfrom data.errors import run_main\n"
-                      "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)\n"
-                      "scales.Small.few, scales.Small.much, scales.Small.pmp = 20, ('--steps', 2), ('--batch', 8, '--steps', 2)\nif __name__ == '__main__':\n    run_main(lab.main)\n")
-    flags = ("small", "pmp-sample-efficiency", "calibration", "code-tax", "--data", published, "--sets", "hellaswag", "hh", "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
-    done = run(script, ROOT, *flags)
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\nimport lab\nfrom claims import scales\n"
+        "from data.errors import run_main\n"
+        "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)\n"
+        "scales.Small.few, scales.Small.much = 20, ('--steps', 2)\n"
+        "scales.Small.pmp = ('--batch', 8, '--steps', 2)\n"
+        "if __name__ == '__main__':\n    run_main(lab.main)\n")
+    claims = ("calibration", "pmp-sample-efficiency", "code-tax")
+    done = run(script, ROOT, "small", *claims, "--data", published, "--sets", "hellaswag", "hh",
+               "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
     report = (tmp_path / "lab/small/report.md").read_text()
-    assert done.returncode == 1 and "| code-tax |  | *failed:" in report and report.count("*failed:") == 1, done.stderr  # there is no MBPP
-    assert "test: with minus without pre-training, at 20 comparisons, mean of 2 sets" in report and ", hellaswag:" in report and ", hh:" in report and "mean probability given minus accuracy" in report
-    assert {path.name for path in (tmp_path / "lab/small").glob("*.png")} == {"pmp-sample-efficiency.png", "calibration.png"}
+    assert done.returncode == 1, done.stderr  # there is no MBPP
+    assert "| code-tax |  | *failed:" in report and report.count("*failed:") == 1
+    assert "0.1M: pre-trained minus without, mean of 2 sets" in report
+    assert ", hellaswag:" in report and ", hh:" in report and "where it gives 75 %" in report
+    assert {path.name for path in (tmp_path / "lab/small").glob("*.png")} == {
+        "pmp-sample-efficiency.png", "calibration.png"}
+    lines = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("calibration"))
+    assert any("train_pm.py" in line for line in lines[first + 1:])  # the next claim's runs came after it
+    assert lines[-1].endswith(f"The report is {tmp_path / 'lab/small/report.html'}")

@@ -1,0 +1,162 @@
+"""Claims of the paper's Section 4 and its appendix: preference-model pre-training (PMP). prompting.py says
+how a claim is written."""
+from claims.figures import arm_panel, mean_of, points, size_panels
+from claims.findings import above, at_size, growing, mean, minus, outcome, over_seeds, values
+from data.errors import InputError
+from data.files import build_once, content_key
+from data.toy import synthetic
+
+RIGHT = "held-out comparisons right, %"
+
+
+def transferred(lab, pre_train=None, *flags):
+    """The arm of what is right after finetuning on few comparisons of each set, from the model that
+    pre_train(one) makes, or from the language model."""
+    return lab.arm(lambda one, name: one.transfer(name, pre_train and pre_train(one), *flags), lab.targets)
+
+
+def own_accuracy(models):
+    """The premise that binarised pre-training has taught the models to tell GOOD from BAD."""
+    return above("binarised pre-training: its own held-out accuracy minus chance",
+                 over_seeds([run.figures["accuracy"] - 0.5 for run in models], 100))
+
+
+def pmp_sample_efficiency(lab):
+    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons, and the more the larger
+    the model."""
+    arms = {"without": lab.by_size(lambda one, name: one.transfer(name), lab.targets),
+            "pre-trained": lab.by_size(lambda one, name: one.transfer(name, one.pre_trained()), lab.targets)}
+    yield arms
+    return growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50), "pre-trained > without",
+                   premises=["pre-trained > chance"])
+
+
+def pmp_curve(lab):
+    """Section 4.2: pre-training helps where there are 500 comparisons, and less where there are 5,000."""
+    if not lab.large:
+        raise InputError("no set of --sets has 5,000 comparisons")
+
+    def curve(pre_train):
+        return {n: lab.arm(lambda one, name: one.transfer(name, pre_train(one), n=n), lab.large)
+                for n in lab.amounts}
+    arms = {"without": curve(lambda one: None), "pre-trained": curve(lambda one: one.pre_trained())}
+    yield arms
+    found, few, most = values(arms), lab.few, lab.amounts[-1]
+    gains = minus(found["pre-trained"], found["without"])
+    findings = {n: above(f"at {n:,}: pre-trained minus without", mean(gains[n])) for n in lab.amounts}
+    more = above(f"at {few}: more than at {most:,} by", mean(minus(gains[few], gains[most])))
+    series = {name: {f"{n:,}": mean_of(arm, "accuracy") for n, arm in curve.items()}
+              for name, curve in arms.items()}
+    return outcome(
+        at_size(found, most), {"": points(series, RIGHT, 50, along="comparisons of finetuning")},
+        [findings.pop(few), more], premises=["pre-trained > chance"], beside=findings.values(),
+        prefix=f"at {most:,}: ")
+
+
+def pmp_by_source(lab):
+    """Section 4.2: each source of pre-training helps at 500 comparisons, and their Mix is about as good as
+    any."""
+    def of(*sources):
+        return transferred(lab, lambda one: one.pre_trained(sources=sources))
+    arms = {"none": transferred(lab), **{name: of(name) for name in lab.sources}, "Mix": of(*lab.sources)}
+    yield arms
+    parts = [f"{name} > none" for name in lab.sources] + [f"{name} <= Mix" for name in lab.sources]
+    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), parts, premises=["Mix > chance"],
+                   beside=["Mix > none"])
+
+
+def binary_pmp_transfers_better(lab):
+    """Section 4.3: binarised pre-training transfers better than ranked."""
+    flags = tuple(flag for flag in lab.pmp if flag != "--binarise")
+
+    def binarised(one):
+        return one.pre_trained(pmp=(*flags, "--binarise"))
+    arms = {"none": transferred(lab), "ranked": transferred(lab, lambda one: one.pre_trained(pmp=flags)),
+            "binarised": transferred(lab, binarised)}
+    models = lab.arm(binarised)[""]
+    yield arms, models
+    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["binarised > ranked"],
+                   premises=[own_accuracy(models)], beside=["ranked > none", "binarised > none"])
+
+
+def lm_loss_helps_pmp(lab):
+    """Appendix: the language-model loss on the good side in pre-training improves transfer."""
+    arms = {"without LM loss": transferred(lab, lambda one: one.pre_trained("--lm_weight", 0)),
+            "with LM loss": transferred(lab, lambda one: one.pre_trained())}
+    yield arms
+    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["with LM loss > without LM loss"],
+                   premises=["with LM loss > chance"])
+
+
+def end_of_context_helps(lab):
+    """Section 4.1: an end-of-context token, where the reward is read, improves preference models."""
+    arms = {"last token": transferred(lab, lambda one: one.pre_trained("--no_eoc"), "--no_eoc"),
+            "<eoc>": transferred(lab, lambda one: one.pre_trained())}
+    yield arms
+    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["<eoc> > last token"],
+                   premises=["<eoc> > chance"])
+
+
+def human_vs_model_pairs(lab):
+    """Section 4.4: pre-training on human against model-written text transfers better than human against
+    human."""
+    contexts, pairs = lab.model_written
+    flags = (*lab.pmp, "--pairs", pairs, "--pairs_per_group", 1)
+
+    def model_written(one):
+        source = one.data("stackexchange")
+        imitation = one.train_pm(one.lm(), "--objective", "imitation", "--data", source, "--pairs", contexts,
+                                 held_out=0.05, comparisons=contexts)
+        return one.run(
+            "-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", contexts,
+            "--max_new", one.max_new, "--seed", one.seed, seconds=0.002 * contexts * one.max_new)
+
+    def on_model_written(one):
+        return one.train_pm(one.lm(), "--data", model_written(one), "--lm_weight", 1, *flags, held_out=0.05,
+                            comparisons=2 * pairs)
+
+    def on_human_written(one):
+        return one.pre_trained(pmp=flags, sources=["stackexchange"])
+    arms = {"none": transferred(lab), "human-human": transferred(lab, on_human_written),
+            "human-model": transferred(lab, on_model_written)}
+    yield arms
+    found = values(arms)
+    better = max(("human-human", "human-model"), key=lambda name: mean(found[name]).effect)
+    return outcome(found, arm_panel(arms, "accuracy", RIGHT, 50), ["human-model > human-human"],
+                   premises=[f"{better} > none"])
+
+
+def synthetic_transfer(lab):
+    """Appendix: on synthetic data a ranking learned in pre-training has to be unlearned where the order
+    changes; a binarised one less."""
+    common = ("--ctx", 64, "--dtype", "fp32", "--lm_weight", 0, "--held_out", 0.02)
+    fresh = ("--size", "test", "--tokenizer", "bytes")
+
+    def data(one, name):
+        folder = f"synthetic-{one.seed}-{content_key([synthetic.__file__])}"
+        return build_once(folder, lambda folder: synthetic.write(folder, one.seed)) / f"{name}.jsonl"
+
+    def pre_trained(one, *flags):
+        return one.run("train_pm.py", *fresh, "--stage", "pmp", "--data", data(one, "pmp"), "--batch", 64,
+                       "--lr", 0.003, "--seed", one.seed, *common, *flags, seconds=12)
+
+    def transfer(one, order, *init):
+        model = one.run("train_pm.py", *init, "--data", data(one, f"finetune-{order}"), "--lr", 0.0003,
+                        "--epochs", 4, "--seed", one.seed, *common, seconds=3)
+        return one.evaluate("pm", model, "--data", data(one, f"test-{order}"), "--dtype", "fp32")
+
+    def binarised(one):
+        return pre_trained(one, "--binarise")
+    orders = ("same", "shuffled", "reversed")
+    arms = {"none": lab.arm(lambda one, order: transfer(one, order, *fresh), orders),
+            "ranked": lab.arm(lambda one, order: transfer(one, order, "--init", pre_trained(one)), orders),
+            "binarised": lab.arm(lambda one, order: transfer(one, order, "--init", binarised(one)), orders)}
+    models = lab.arm(binarised)[""]
+    yield arms, models
+    found = {f"{order}: {name}": {"": own}
+             for name, arm in values(arms).items() for order, own in arm.items()}
+    changed = ("reversed", "shuffled")
+    return outcome(
+        found, arm_panel(arms, "accuracy", "right after 200 pairs, %", 50),
+        [f"{order}: {better} > {order}: ranked" for better in ("none", "binarised") for order in changed],
+        premises=[own_accuracy(models)], beside=["same: binarised > same: ranked"])

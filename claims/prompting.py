@@ -1,0 +1,179 @@
+"""Claims of the paper's Section 2: prompts, context distillation, and what they cost.
+
+A claim is a function of a scale (scales.py). It yields the runs that it needs, and when these are done it
+returns an Outcome. The first paragraph of its docstring names the paper's section and says what the paper
+found. """
+import numpy as np
+
+from claims.figures import arm_panel, mean_of, points, size_panels, spread
+from claims.findings import (
+    above, at_size, beyond_rulers, choice_right, compared, elo_difference, growing, mean, outcome, values)
+from claims.scales import size_label
+from data import toy
+from evals import choices
+
+HHH = "HHH answers right, %"
+
+
+def prompt_helps(lab):
+    """Section 2.2: a prompt of helpful, honest and harmless conversations improves a language model's choice
+    of answers, and the more the larger the model."""
+    arms = {"plain": lab.by_size(lambda one: one.hhh(one.lm())),
+            "prompted": lab.by_size(lambda one: one.hhh(one.lm(), prompted=True))}
+    yield arms
+    main = at_size(arms, lab.size)
+    categories = sorted({item["category"] for item in main["plain"][""][0].items() if item.get("category")})
+    panels = {"all": size_panels(arms, "accuracy_mean", HHH, 50)[""]}
+    for name in categories:
+        panels[name] = size_panels(arms, f"accuracy_mean_{name}", HHH, 50)[""]
+    told = growing(values(arms, choice_right("mean")), panels, "prompted > plain", ["prompted > chance"])
+    for name in categories:
+        found = values(main, choice_right("mean", name))
+        told.beside += compared("prompted > plain", found, prefix=f"{size_label(lab.size)}, {name}: ")
+    found = values(main, choice_right("mi"))
+    told.beside += compared("prompted > plain", found, prefix="by mutual information: ")
+    return told
+
+
+def distilled_equals_prompted(lab):
+    """Section 2.3: a model distilled from its prompted self does about as well without the prompt;
+    finetuning on the prompt's text does less."""
+    arms = {"plain": lab.arm(lambda one: one.hhh(one.lm())),
+            "prompted": lab.arm(lambda one: one.hhh(one.lm(), prompted=True)),
+            "distilled": lab.arm(lambda one: one.hhh(one.distilled())),
+            "finetuned on it": lab.arm(lambda one: one.hhh(one.finetuned_on(one.prompt_text)))}
+    yield arms
+    return outcome(
+        values(arms, choice_right("mean")), arm_panel(arms, "accuracy_mean", HHH, 50),
+        ["distilled = prompted", "distilled > finetuned on it"],
+        premises=["prompted > plain"], beside=["distilled > plain"])
+
+
+def toxicity_falls(lab):
+    """Section 2.2: the prompt, and distilling it, lower the toxicity of what the model writes."""
+    def toxicity(one, model, prompted=False):
+        return one.sampled("toxicity", model, 150, "--data", one.data(one.contexts), "--prompts", 150,
+                           *one.toxicity_scorer(), n=4, prompted=prompted)
+    arms = {"plain": lab.arm(lambda one: toxicity(one, one.lm())),
+            "prompted": lab.arm(lambda one: toxicity(one, one.lm(), prompted=True)),
+            "distilled": lab.arm(lambda one: toxicity(one, one.distilled()))}
+    yield arms
+
+    def of_prompts(run):
+        return {item["prompt"]: (np.mean(item["toxicity"]), item["prompt"]) for item in run.items()}
+    return outcome(values(arms, of_prompts), arm_panel(arms, "mean", "mean toxicity, %"),
+                   ["plain > prompted", "plain > distilled"])
+
+
+def elo_ranks(lab):
+    """Section 2.2: judged in games, prompted and distilled models are rated above the plain one."""
+    def draw(one, model, prompted=False):
+        return one.sampled("sample", model, 300, "--data", one.data(one.contexts), "--contexts", 300,
+                           "--temperature", 1, prompted=prompted)
+
+    def play(one):
+        players = {"plain": draw(one, one.lm()), "prompted": draw(one, one.lm(), prompted=True),
+                   "distilled": draw(one, one.distilled())}
+        return one.run("evaluate.py", "elo", "--judge", one.pm(one.judged), "--names", *players,
+                       "--samples", *players.values(), seconds=10)
+    games = lab.arm(play)[""]
+    judges = lab.arm(lambda one: one.accuracy(one.pm(one.judged), one.judged, no_context=True))[""]
+    yield games, judges
+    better, players = ("prompted", "distilled"), [run.figures["players"] for run in games]
+    elo = {name: spread([own[name]["elo"] - own["plain"]["elo"] for own in players]) for name in better}
+    return outcome(
+        {}, {"": points({"": elo}, "Elo above plain", chance=0, lines=False)},
+        [above(f"{name} minus plain", elo_difference(games, name, "plain"), "Elo") for name in better],
+        premises=[above("the judge minus the better of the length rulers", beyond_rulers(judges))])
+
+
+def truthfulqa_needs_mutual_information(lab):
+    """Section 2.2: on questions with popular falsehoods mutual information is a better score than the raw
+    log-prob."""
+    runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
+    yield runs
+    found, series, chance = {}, {}, runs[lab.size][""][0].figures["chance"]["MC1"]
+    for name, rule in (("sum log-prob", "sum"), ("mean log-prob", "mean"), ("mutual information", "mi")):
+        found[name] = values(runs[lab.size], choice_right(rule, hit=choices.first_choice))
+        series[name] = {size_label(size): mean_of(arm, f"MC1_{rule}") for size, arm in runs.items()}
+    return outcome(
+        found, {"": points(series, "TruthfulQA, MC1, %", 100 * chance)},
+        ["mutual information > sum log-prob"], ["mutual information > chance"],
+        prefix=f"{size_label(lab.size)}: ", chance=chance)
+
+
+def prior_not_finetuning(lab):
+    """Section 2.3: having read 1 … 63 a model goes on with 64; finetuned on 1 … 63 it expects them again,
+    from 1."""
+    def question(name, context, completions):
+        record = {"context": context, "completions": completions, "scores": [1, 0], "group": "count"}
+        return "--data", lab.file(f"count-{name}.jsonl", [record])
+    after = question("after", toy.count_from(1, 63) + ",", [" 64, 65, 66, 67", " 1, 2, 3, 4"])
+    alone = question("alone", "", ["64, 65, 66, 67", "1, 2, 3, 4"])
+    count = toy.toy_folder() / "count.txt"
+    arms = {"untouched": lab.arm(lambda one: one.evaluate("choice", one.lm(), *alone)),
+            "prompted": lab.arm(lambda one: one.evaluate("choice", one.lm(), *after, "--ctx", 400)),
+            "finetuned": lab.arm(lambda one: one.evaluate("choice", one.finetuned_on(count), *alone))}
+    yield arms
+
+    def margin(run):
+        return {"": (np.subtract(*run.items()[0]["mean"]), "")}
+    found, unit = values(arms, margin), "nats a token"
+    panel = {name: spread([own[""][0] for own in arm[""]]) for name, arm in found.items()}
+    return outcome(
+        found, {"": points({"": panel}, "log P(64, …) - log P(1, …)", chance=0, lines=False)},
+        [above("prompted: 64 rather than 1", mean(found["prompted"], scale=1), unit), "untouched > finetuned",
+         "prompted > finetuned"], premises=["prompted > untouched"], unit=unit)
+
+
+def tax(found, figure, learned, **margin):
+    """The Outcome of a claim that a prompt costs the smallest model something and the largest nothing, of
+    {arm: {size: values}}. learned: the premise that the largest has something to lose."""
+    *others, large = found["plain"]
+    small = (others + [large])[0]
+    unit = {key: value for key, value in margin.items() if key == "unit"}
+    told = outcome(at_size(found, small), figure, ["plain > prompted"], [learned],
+                   prefix=f"{size_label(small)}: ", **unit)
+    if others:
+        told.parts += compared("plain <= prompted", at_size(found, large),
+                               prefix=f"{size_label(large)}: ", **margin)
+    else:
+        told.untested = "that larger models lose nothing, as there is one size"
+    return told
+
+
+def alignment_tax(lab):
+    """Section 2.2: behind the prompt small models are worse at telling a text's last word; large ones are
+    not."""
+    arms = {"plain": lab.by_size(lambda one: one.last_words(one.lm())),
+            "prompted": lab.by_size(lambda one: one.last_words(one.lm(), prompted=True))}
+    yield arms
+
+    def score(key):
+        return lambda run: {item["item"]: (float(item[key]), item["group"]) for item in run.items()}
+    right = values(arms, score("right"))
+    learned = above(f"{size_label(lab.size)}: last words told right", mean(right["plain"][lab.size]))
+    panels = {"accuracy": size_panels(arms, "accuracy", "last words told right, %")[""],
+              "log-prob": size_panels(arms, "log_prob", "nats a word", scale=1)[""]}
+    told = tax(values(arms, score("log_prob")), panels, learned, unit="nats", within=0.1)
+    for size in lab.sizes:
+        told.beside += compared("plain > prompted", at_size(right, size),
+                                prefix=f"{size_label(size)}, right: ")
+    return told
+
+
+def code_tax(lab):
+    """Section 2.2: behind a prompt of dialogues small models write fewer programs that pass their tests
+    (MBPP, pass@1); large ones do not."""
+    def passing(one, *flags):
+        return one.evaluate("mbpp", one.lm(), "--data", one.data("mbpp"), "--problems", 30, "--n", 4,
+                            "--k", 1, "--max_new", 120, "--seed", one.seed, *flags, tokens=10**6)
+    arms = {"plain": lab.by_size(passing),
+            "prompted": lab.by_size(lambda one: passing(one, "--prompt", "code", *one.prompt[2:]))}
+    yield arms
+
+    def passed(run):
+        return {item["id"]: (item["passed"] / item["n"], item["id"]) for item in run.items()}
+    found = values(arms, passed)
+    return tax(found, size_panels(arms, "pass@1", "MBPP, pass@1, %"),
+               above(f"{size_label(lab.size)}: programs that pass", mean(found["plain"][lab.size])))
