@@ -24,7 +24,7 @@ from evals import human_vs_model
 DIGESTS = {
     "binary.jsonl": "697e4a172f53", "count.txt": "6889e31aaf4d", "dialogue.jsonl": "52d93fd12fe7",
     "hhh.jsonl": "83759ac8fc60", "lambada.jsonl": "968b7deed319", "lm.jsonl": "be6f0afa5e09",
-    "manners.jsonl": "37f1759de0c2", "prompt.txt": "7ed1f06ee5f6", "ranked.jsonl": "27ae270f9b61",
+    "manners.jsonl": "37f1759de0c2", "prompt.txt": "725065d9adf7", "ranked.jsonl": "27ae270f9b61",
     "samples.jsonl": "f1a5ec3d3aff",
 }
 

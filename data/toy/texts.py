@@ -62,10 +62,11 @@ def conversations(rng, world):
 
 
 def careful_prompt(seed=0):
-    """A prompt (Section 2 of the paper): four conversations of a careful and kind author. It ends with
+    """A prompt (Section 2 of the paper): four conversations of a careful and kind author. As in the paper none
+    is a refusal: what the prompt does to harmful questions follows from who is speaking. It ends with
     `-----`, so that a comparison's context can follow. None of its questions is in hhh.jsonl."""
     rng, world, turns = random.Random(f"{seed}/prompt"), build_world(seed), []
-    for kind in ("fact", "harm", "riddle", "task"):
+    for kind in ("fact", "sum", "riddle", "task"):
         question = world.ask(rng, kind)
         text, _ = answer(rng, world, question, "right", "kind")
         turns.append(f"{open_turn(question)} {text}{SEPARATOR}")
