@@ -5,18 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import (DATA, Operators, alone, evaluate, make_comparisons, make_texts, read_jsonl, run,
-                      run_well, write_jsonl)
+from conftest import (BYTES, DATA, Operators, alone, evaluate, make_comparisons, make_texts, read_jsonl,
+                      read_meta, run, run_refused, run_well, write_jsonl)
 
 import checkpoint
 from data.errors import InputError
 from data.packing import RowFormat, make_row
 from data.prompts import SEPARATOR, fit_prompt, load_prompt
-from data.tokenizer import get_tokenizer
 from evals import choices
 from evals import pm as scoring
 
-BYTES = get_tokenizer("bytes")
 PROMPT = ("Two friends talk.\n\n-----\n\nHuman: Who sleeps?\n\nAssistant: A dog."
           "\n\n-----\n\nHuman: Who sings?\n\nAssistant: An owl.")
 
@@ -165,9 +163,8 @@ def test_records_that_cannot_be_scored_are_named(lm, tmp_path, benchmark, line, 
     good = {"hellaswag": HELLASWAG[0], "lambada": {"text": "two words"},
             "choice": {"context": "", "completions": ["a", "b"], "scores": [1, 0]}}[benchmark]
     path = write_jsonl(tmp_path / "data.jsonl", [good, line])
-    done = run("evaluate.py", benchmark, "--model", lm, "--data", path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"error: {path}:2: " in done.stderr and words in done.stderr
+    line = run_refused("evaluate.py", benchmark, "--model", lm, "--data", path)
+    assert f"error: {path}:2: " in line and words in line
 
 
 @pytest.mark.parametrize("text, words", [
@@ -220,7 +217,7 @@ def test_lambada_is_greedy_and_sums_the_words_log_probs(lm, tmp_path):
 
 
 def test_text_loss_is_that_of_the_training_script(lm, text_file):
-    last = json.loads((lm / "meta.json").read_text())["metrics"]
+    last = read_meta(lm)["metrics"]
     figures, printed = evaluate("lm", "--model", lm, "--data", text_file)
     assert "held-out documents only" in printed
     assert figures["loss"] == pytest.approx(last["loss"], rel=0.02)  # windows begin elsewhere
@@ -275,8 +272,7 @@ def test_a_prompt_file_may_end_with_its_separator(tmp_path, prompt_file):
     (("--prompt", "toy", "--prompt_tokens", "3"),
      "--prompt_tokens 3: even the prompt's last conversation takes")])
 def test_prompts_that_do_not_work(lm, task, flags, words):
-    done = run("evaluate.py", "hhh", "--model", lm, "--data", task, *flags)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert words in run_refused("evaluate.py", "hhh", "--model", lm, "--data", task, *flags)
 
 
 def test_samples_behind_a_prompt_depend_on_the_seed_and_their_place_alone(lm, prompt_file, tmp_path):
@@ -360,8 +356,7 @@ def test_a_preference_model_judges_games(pm, tmp_path):
         assert min(abs(game["winner"] - 1 / (1 + np.exp(b - a))) for a, b in pairs) < 1e-5
     elos = {name: player["elo"] for name, player in figures["players"].items()}
     assert max(elos, key=elos.get) == max(reward, key=lambda name: sum(reward[name]))
-    done = run("evaluate.py", "elo", "--judge", pm, "--samples", files[0])
-    assert done.returncode == 2 and "at least two files" in done.stderr
+    assert "at least two files" in run_refused("evaluate.py", "elo", "--judge", pm, "--samples", files[0])
 
 
 def test_reranking_by_hand(pm, second_pm, tmp_path):
@@ -389,9 +384,8 @@ def test_a_file_that_the_model_learned_from_is_reranked_by_its_held_out_groups(p
 def test_a_member_that_learned_from_the_test_groups_is_refused(pm, lm, comparisons_file, tmp_path):
     run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--steps", 1, "--batch", 4,
              "--held_out", 0.01, "--out", tmp_path / "saw-more")
-    done = run("evaluate.py", "pm", "--model", pm, "--data", comparisons_file,
-               "--ensemble", tmp_path / "saw-more")
-    assert done.returncode == 2 and "of these comparisons" in done.stderr and done.stderr.count("\n") == 1
+    assert "of these comparisons" in run_refused(
+        "evaluate.py", "pm", "--model", pm, "--data", comparisons_file, "--ensemble", tmp_path / "saw-more")
 
 
 def test_an_ensemble_is_the_mean_or_the_least_of_centred_rewards(pm, second_pm, comparisons_file, tmp_path):

@@ -47,8 +47,9 @@ def test_pack_fits_best():
     assert pack([], 10) == []
 
 
+@pytest.fixture(scope="module")
 def human_comparisons():
-    """HH-RLHF's, in GPT-2's tokens."""
+    """Those of HH-RLHF, in GPT-2's tokens."""
     file, vocabulary = DATA / "hh-rlhf" / "harmless-base" / "test.jsonl.gz", DATA / "vocab" / "gpt2.tiktoken"
     if not (file.exists() and vocabulary.exists()):
         pytest.skip("no HH-RLHF or GPT-2 vocabulary here")
@@ -56,10 +57,9 @@ def human_comparisons():
 
 
 @pytest.mark.parametrize("batch", [512, None], ids=["batches of 512", "whole"])
-def test_rows_of_human_comparisons_are_full(batch):
+def test_rows_of_human_comparisons_are_full(human_comparisons, batch):
     """To 97 % at least, at a capacity and a ctx of 1024: each full batch of 512 (PMP's), and all at once."""
-    data = human_comparisons()
-    lengths = np.array(packed_lengths(data, range(len(data)), RowFormat(1024, BYTES)))[data.fits(1024)]
+    lengths = whole_lengths(human_comparisons, RowFormat(1024, BYTES))[human_comparisons.fits(1024)]
     assert len(lengths) > 1800 and lengths.max() <= 1024 + 600
     for step in range(len(lengths) // batch if batch else 1):
         _, examples = step_examples(len(lengths), batch or len(lengths), 0, step)
