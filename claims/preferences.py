@@ -101,6 +101,7 @@ def ensembles(lab):
     n = len(lab.seeds)
     if n < 2:
         raise InputError("ensembles needs at least two --seeds")
+    lab = lab.in_one_world()  # its members have to judge the same comparisons
     models = lab.arm(lambda one, name: one.pm(name), lab.ranked)
     single = ranked_models(lab, lab.ranked)[lab.size]
     together = {name: [lab.accuracy(own[0], name, "--ensemble", *own[1:])] for name, own in models.items()}

@@ -45,6 +45,7 @@ class Scale:
     An object stands for one model size and one seed; arm and by_size ask for a run at all of them.
     """
     flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
+    world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
     max_new = 40  # tokens of a sample
 
@@ -61,6 +62,12 @@ class Scale:
         if names is None:
             return {"": [make(one) for one in scales]}
         return {name: [make(one, name) for one in scales] for name in names}
+
+    def in_one_world(self):
+        """This scale with the same data for all seeds."""
+        scale = copy.copy(self)
+        scale.world = 0
+        return scale
 
     def by_size(self, make, names=None):
         return {size: self.arm(make, names, size) for size in self.sizes}
@@ -122,7 +129,7 @@ class Scale:
     def finetuned_on(self, text):
         """The language model after thirty steps on one short text. The file repeats the text, so that
         windows of training also show its beginning."""
-        copies = self.file(f"{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
+        copies = self.file(f"{text.parent.name}-{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
         return self.run(
             "train_lm.py", "--init", self.lm(), "--seed", self.seed, "--data", copies, "--ctx", 64,
             "--batch", 512, "--steps", 30, "--held_out", 0.02, "--lr", self.rate(), "--schedule", "linear",
@@ -165,7 +172,8 @@ class Scale:
 
 
 class Toy(Scale):
-    """The embedded world: every set is one of its files."""
+    """The embedded world: every set is one of its files. Each seed is a world of its own, with other facts,
+    other pages and other comparisons, so that an interval over seeds is one over worlds."""
     default_sizes = "test", "0.8m"
     without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
     flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small
@@ -176,10 +184,13 @@ class Toy(Scale):
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
 
-    def __init__(self, args):
-        super().__init__(args)
-        self.prompt_text = self.data("prompt").with_suffix(".txt")
-        self.prompt = ("--prompt", self.prompt_text)
+    @property
+    def prompt_text(self):
+        return self.data("prompt").with_suffix(".txt")
+
+    @property
+    def prompt(self):
+        return "--prompt", self.prompt_text
 
     def lm(self):
         """Small steps and a rate that falls to 0 reach a lower loss than an epoch of larger steps, in three
@@ -190,7 +201,10 @@ class Toy(Scale):
             seconds=self.seconds(2e6))
 
     def data(self, name):
-        return toy_sources.prepared(name) if name in self.sources else toy.toy_folder() / f"{name}.jsonl"
+        seed = self.seed if self.world is None else self.world
+        if name in self.sources:
+            return toy_sources.prepared(name, seed)
+        return toy.toy_folder(seed) / f"{name}.jsonl"
 
     def held_out(self, name):
         return toy.HELD_OUT
