@@ -27,8 +27,8 @@ PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38  # prctl.h
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # audit.h, and a column of the next table
 CLOSED = {  # system calls that are refused, by their numbers on these machines
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),  # more processes
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75),  # memory that no limit
-    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),  # counts
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75),  # uncounted memory
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
     "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
     "socket": (41, 198),  # networks that have no namespace, such as vsock
     "unshare": (272, 97), "prctl": (157, 167), "ptrace": (101, 117), "io_uring_setup": (425, 425),  # walls
@@ -60,18 +60,18 @@ def build_root(uid):
     call("mount", None, b"/", None, REC | PRIVATE, None)  # so that the machine sees none of what follows
     call("mount", b"tmpfs", b"/proc", b"tmpfs", NOSUID | NODEV, b"mode=755")
     os.chdir("/proc")  # the tree has to be mounted somewhere, and nothing else is needed from this folder
+    os.mkdir("tmp")
+    room = b"size=%d,nr_inodes=%d,mode=700,uid=%d" % (DISK, FILES, uid)
+    call("mount", b"tmpfs", b"tmp", b"tmpfs", NOSUID | NODEV, room)
     for path in (*LIBRARIES, "/dev/null", "/dev/urandom"):
         inside = f".{path}"
         if os.path.exists(path) and not os.path.exists(inside):
             os.makedirs(os.path.dirname(inside), exist_ok=True)
             os.mkdir(inside) if os.path.isdir(path) else os.close(os.open(inside, os.O_CREAT))
-            call("mount", path.encode(), inside.encode(), None, BIND | REC, None)
+            call("mount", os.fsencode(path), os.fsencode(inside), None, BIND | REC, None)
             if not path.startswith("/dev/"):
                 noexec = os.statvfs(path).f_flag & NOEXEC  # where it is set it has to stay
-                call("mount", None, inside.encode(), None, READ_ONLY | noexec, None)
-    os.mkdir("tmp")
-    room = b"size=%d,nr_inodes=%d,mode=700,uid=%d" % (DISK, FILES, uid)
-    call("mount", b"tmpfs", b"tmp", b"tmpfs", NOSUID | NODEV, room)
+                call("mount", None, os.fsencode(inside), None, READ_ONLY | noexec, None)
     call("pivot_root", b".", b".")
     call("umount2", b".", 2)  # 2: detach. The old root lies on top of the new one.
     call("mount", None, b"/", None, READ_ONLY, None)
