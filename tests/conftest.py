@@ -74,8 +74,11 @@ class Running:
     def wait_for(self, text, seconds=60):
         """Wait until `text` stands in the output."""
         end = time.time() + seconds
-        while text not in self.output():
-            if not self.process.is_alive() or time.time() > end:
+        while True:
+            is_alive = self.process.is_alive()  # asked first, as the text may be the last that it prints
+            if text in self.output():
+                return
+            if not is_alive or time.time() > end:
                 pytest.fail(f"{text!r} is not in: {self.output()} {self.output('stderr')}")
             time.sleep(0.002)
 

@@ -42,7 +42,7 @@ ASKED = dialogue(" Q", "")  # up to where the assistant's first turn begins
 # Reading
 
 
-def test_the_three_forms():
+def test_records_of_three_forms_are_read():
     record = {"context": "C", "completions": ["a", "b"], "scores": [2, -0.5], "group": "g"}
     assert parse(record, "f:1") == ("C", ["a", "b"], [2, -0.5], "g")
     record = {"prompt": "P", "chosen": " a", "rejected": " b", "model": "m"}

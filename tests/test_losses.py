@@ -267,7 +267,7 @@ def test_torchrun_trains_the_same_lm_as_one_process(lm, more_lm, text_file, tmp_
     assert_same_to_rounding(more_lm, tmp_path / "two", lm)
 
 
-def test_the_ranks_sum_is_taken_on_the_cpu():
+def test_a_sum_over_ranks_takes_numbers_and_scalar_tensors():
     ranks = Ranks(0, 1, torch.device("cpu"))
     assert ranks.sum([1, torch.tensor(2.5), True, torch.tensor(4)]) == [1.0, 2.5, 1.0, 4.0]
 

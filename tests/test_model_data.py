@@ -125,7 +125,7 @@ def test_functions_without_a_pair_are_counted(tmp_path):
     assert count.dropped == {"functions whose own solution fails their tests": 1}
 
 
-def test_humaneval_and_the_papers_dialogue(tmp_path):
+def test_humaneval_is_asked_as_code_or_as_the_papers_dialogue(tmp_path):
     raw = write_jsonl(tmp_path / "humaneval.jsonl", [HUMANEVAL])
     (plain,), _ = comparisons_of(correctness, raw, "--n", 3)
     assert plain["context"] == HUMANEVAL["prompt"]
@@ -135,7 +135,7 @@ def test_humaneval_and_the_papers_dialogue(tmp_path):
     assert dialogue == {name: value for name, value in plain.items() if name != "context"}
 
 
-def test_functions_of_a_module_with_examples_in_docstrings(tmp_path):
+def test_functions_of_a_module_are_tested_by_the_examples_in_their_docstrings(tmp_path):
     raw = tmp_path / "tools.py"
     raw.write_text(MODULE)
     (half, first), count = comparisons_of(correctness, raw, "--n", 20)
@@ -148,7 +148,7 @@ def test_functions_of_a_module_with_examples_in_docstrings(tmp_path):
     assert completions_of(first, score=1) == ["    return cls.start"]
 
 
-def test_the_standard_library_by_its_name():
+def test_stdlib_names_the_standard_library_without_its_tests():
     *library, other = correctness.find_raw(["stdlib", "other.py"])
     by_name = {path.name: path for path in library}
     assert {"statistics.py", "heapq.py", "difflib.py"} <= set(by_name) and other == "other.py"
@@ -157,7 +157,7 @@ def test_the_standard_library_by_its_name():
     assert merge["group"] == "heapq.merge" and 0 in merge["scores"] and 1 in merge["scores"]
 
 
-def test_samples_of_a_model(tmp_path, lm, monkeypatch):
+def test_samples_of_a_model_are_labelled_by_the_tests(tmp_path, lm, monkeypatch):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD, ADD | {"task_id": 5}])
     flags = "--source", "model", "--model", lm, "--n", 4, "--max_new", 6
     found, count = comparisons_of(correctness, raw, *flags, "--keep_all")  # of a model that knows no Python
@@ -181,7 +181,7 @@ def test_samples_of_a_model(tmp_path, lm, monkeypatch):
     assert [sorted(record["scores"]) for record in found] == [[0, 0, 0, 0], [0, 0, 1, 1]]
 
 
-def test_bad_input_to_code_correctness(tmp_path, lm, pm):
+def test_bad_input_to_code_correctness_is_refused(tmp_path, lm, pm):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD])
     for flags, words in ((["--source", "model"], "needs --model DIR"),
                          (["--model", lm], "--source mutate has no use"),
@@ -204,7 +204,7 @@ def test_bad_input_to_code_correctness(tmp_path, lm, pm):
 # Human against model
 
 
-def test_human_against_model(tmp_path, lm, comparisons_file, capsys):
+def test_the_best_human_text_is_compared_with_a_models_sample(tmp_path, lm, comparisons_file, capsys):
     asked = read_jsonl(comparisons_file)
     flags = "--model", lm, "--max_new", 12
     found, count = comparisons_of(human_vs_model, comparisons_file, *flags, "--contexts", 6)
@@ -244,7 +244,7 @@ def test_useless_samples_are_counted(tmp_path, lm, monkeypatch, capsys):
     assert "4 pairs; characters: human 5 on average, model 4" in capsys.readouterr().out
 
 
-def test_bad_input_to_human_against_model(tmp_path, lm, pm):
+def test_bad_input_to_human_against_model_is_refused(tmp_path, lm, pm):
     raw = write_jsonl(tmp_path / "some.jsonl", [*make_comparisons(3), {"prompt": "no sides"}])
     for flags, words in ((["--model", pm], "a language model is needed"),
                          (["--model", lm, "--max_new", 4], 'some.jsonl:4: no "chosen"')):
@@ -258,7 +258,7 @@ def test_bad_input_to_human_against_model(tmp_path, lm, pm):
 # The script
 
 
-def test_prepare_writes_them(tmp_path, lm, comparisons_file):
+def test_prepare_writes_both_kinds(tmp_path, lm, comparisons_file):
     code, samples = tmp_path / "code.jsonl", tmp_path / "model.jsonl"
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD])
     printed = run_well("data/prepare.py", "code-correctness", "--raw", raw, "--n", 3, "--out", code)

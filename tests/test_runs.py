@@ -291,7 +291,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(run_flags, uninterrupted,
 def test_a_second_run_on_one_folder_names_the_first(run_flags, uninterrupted, tmp_path):
     """With and without --resume. The first goes on undisturbed."""
     out = tmp_path / "run"
-    first = Running("train_pm.py", *run_flags, "--out", out)
+    first = Running("train_pm.py", *run_flags, "--out", out, before=slow_steps)
     first.wait_for("step 1/12")
     os.kill(first.process.pid, signal.SIGSTOP)
     for flags in ((), ("--resume",)):

@@ -166,7 +166,7 @@ def rates(schedule, warmup, n_steps=100):
     return [trainer.learning_rate(args, 2.0, step, n_steps) for step in range(n_steps)]
 
 
-def test_schedules():
+def test_rates_rise_in_the_warm_up_and_then_follow_their_schedule():
     assert rates("constant", 0) == [2.0] * 100
     assert rates("linear", 0) == pytest.approx([2 * (1 - step / 100) for step in range(100)])
     cosine = rates("cosine", 0)
@@ -261,7 +261,7 @@ GOLDEN_PM = {"ranked": [0.661266, 0.648213, 0.590487, 0.579735, 0.416318],
              "imitation": [6.13481, 5.77251, 5.70116, 5.43868, 5.30515]}
 
 
-def test_learning_learns(pm, lm):
+def test_training_lowers_the_loss(pm, lm):
     assert losses(lm)[-1] < 0.8 * losses(lm)[0]
     assert np.mean(losses(pm)[-4:]) < 0.9 * losses(pm)[0]
 
@@ -298,7 +298,7 @@ def test_only_a_preference_model_has_a_head(pm, lm, comparisons_file, tmp_path):
         assert ("score.weight" in dict(model.named_parameters())) == has_head
 
 
-def test_all_data_that_a_checkpoint_saw(pm, text_file, comparisons_file):
+def test_a_checkpoint_remembers_all_data_it_saw(pm, text_file, comparisons_file):
     held_out = {entry["file"]: entry["held_out"] for entry in read_meta(pm)["trained_on"]}
     assert held_out == {str(comparisons_file): 0.3, str(text_file): 0.1}
 
@@ -310,8 +310,8 @@ def test_train_state_is_nothing_but_tensors_and_numbers(pm):
     assert n_averages == sum(p.numel() for p in checkpoint.load(pm)[0].parameters())
 
 
-def test_binarised_pre_training_then_finetuning(lm, comparisons_file, tmp_path):
-    """An evaluation reads from the checkpoint whether rewards stand at <eoc>."""
+def test_finetuning_after_binarised_pre_training_is_evaluated_as_trained(lm, comparisons_file, tmp_path):
+    """From the checkpoint an evaluation knows that this model reads its rewards without <eoc>."""
     pmp, pm = tmp_path / "pmp", tmp_path / "pm"
     args = ("--data", comparisons_file, "--steps", 3, "--batch", 8, "--dtype", "fp32")
     run_well("train_pm.py", "--init", lm, *args, "--stage", "pmp", "--binarise", "--out", pmp)
