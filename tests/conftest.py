@@ -249,27 +249,35 @@ def alone(model, tokenizer, context, completion):
 
 
 class Operators(TorchDispatchMode):
-    """Collects the names of all operators that torch carries out, and of those that make 64-bit floats."""
+    """Collects all that torch computes: `calls`, a list of (operator, tensors that go in, tensors that come
+    out)."""
 
-    # On a GPU each of these makes the program wait for the device.
-    WAITING = {"boolean index", "aten.nonzero.default", "aten._local_scalar_dense.default",
-               "aten.masked_select.default", "aten.repeat_interleave.Tensor", "aten.bincount.default",
-               "aten.unique.default"}
+    # On a GPU each of these makes the program wait for the device, and so does an index of booleans.
+    WAITING = {"aten.nonzero.default", "aten._local_scalar_dense.default", "aten.masked_select.default",
+               "aten.repeat_interleave.Tensor", "aten.bincount.default", "aten.unique.default"}
 
     def __init__(self):
         super().__init__()
-        self.names, self.makes_float64 = set(), set()
+        self.calls = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        self.names.add(str(function))
-        if function is torch.ops.aten.index.Tensor:
-            if any(index is not None and index.dtype == torch.bool for index in args[1]):
-                self.names.add("boolean index")
-        for made in torch.utils._pytree.tree_leaves(out):
-            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
-                self.makes_float64.add(str(function))
-        return out
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        self.calls.append((operator, tensors_in((args, kwargs)), tensors_in(result)))
+        return result
+
+    def waiting(self):
+        """Names of the operators that a GPU would wait for."""
+        return {str(operator) for operator, tensors, _ in self.calls if str(operator) in self.WAITING
+                or str(operator) == "aten.index.Tensor" and any(x.dtype == torch.bool for x in tensors[1:])}
+
+    def making_float64(self):
+        """Names of the operators that make 64-bit floats."""
+        return {str(operator) for operator, _, results in self.calls
+                if any(x.dtype == torch.float64 for x in results)}
+
+
+def tensors_in(nested):
+    return [x for x in torch.utils._pytree.tree_leaves(nested) if isinstance(x, torch.Tensor)]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_nothing_is_searched_for_between_row_and_score(pm, rule):
             choices.word_scores(model, hidden, row)
         else:
             scoring.completion_scores(model, hidden, row, rule)
-    assert not operators.names & Operators.WAITING and not operators.makes_float64
+    assert operators.calls and not operators.waiting() and not operators.making_float64()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def test_nothing_is_searched_for_between_row_and_loss(tmp_path, objective, lm_we
         row.token_weight = train_pm.lm_token_weights(row, objective)
     with Operators() as operators:
         train_pm.comparison_loss(model, row, objective, lm_weight)[0].backward()
-    assert operators.names and not operators.names & Operators.WAITING
+    assert operators.calls and not operators.waiting()
 
 
 @pytest.mark.parametrize("objective", ["ranked", "binary"])
@@ -303,4 +303,4 @@ def test_rows_and_losses_have_no_64_bit_floats(tmp_path, objective):
         train_pm.comparison_loss(model, row, objective, 0.5)[0].backward()
         with torch.no_grad():
             train_pm.pairs_right(model.rewards(model(row.tokens, row.layout, only_ends=True)), row)
-    assert operators.names and not operators.makes_float64
+    assert operators.calls and not operators.making_float64()

@@ -5,18 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_comparisons, write_jsonl
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import BYTES, Operators, load, make_comparisons, make_model
 
-from data.comparisons import load_comparisons
 from data.packing import RowFormat
-from data.tokenizer import get_tokenizer
 from evals import pm
 from model import GPT, Config, read
 from sampling import TextSample, TokenSample, generate, next_tokens, stream
-from test_model import make_model
 
-BYTES = get_tokenizer("bytes")
 PROMPTS = [list(range(7)), [9, 8], list(range(30, 53)), [9, 8], [5] * 12]
 
 
@@ -175,21 +170,6 @@ def test_a_piece_comes_as_soon_as_it_is_certain_and_is_never_taken_back():
 # What a device has to do
 
 
-class Operators(TorchDispatchMode):
-    """Collects (operator, its tensors, its result) of all that torch computes."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **kwargs or {})
-        leaves = torch.utils._pytree.tree_leaves
-        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        self.calls.append((operator, tensors, [x for x in leaves(result) if isinstance(x, torch.Tensor)]))
-        return result
-
-
 @pytest.fixture
 def on_meta(monkeypatch):
     """A function that calls another with a model on torch's meta device, which has types and shapes but no
@@ -219,7 +199,7 @@ def test_sampling_makes_no_64_bit_floats_on_a_device(on_meta, top_p):
 
 @pytest.mark.parametrize("rule", pm.RULES)
 def test_scoring_makes_no_64_bit_floats_on_a_device(on_meta, tmp_path, rule):
-    data = load_comparisons([write_jsonl(tmp_path / "file.jsonl", make_comparisons(8))], BYTES, quiet=True)
+    data = load(tmp_path, make_comparisons(8))
 
     def score(model):
         prefix = read(model, list(range(9)))[0].as_prefix()
