@@ -14,7 +14,7 @@ from data.packing import Layout
 from data.tokenizer_json import CHAR_OF, byte_level_json
 from model import Cache, read
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 SHAPE = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6,
          "max_position_embeddings": 256, "vocab_size": 300, "rms_norm_eps": 1e-4, "bos_token_id": None,

@@ -13,7 +13,7 @@ import hf_folder
 from data.tokenizer import get_tokenizer
 from model import GPT, Config
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 TEXTS = ["", "It's 12 o'clock.", "  naïve café 😀\n\n\tx  ", "\n\nHuman: Who are you?\n\nAssistant: I'm 1,234 years old."]
 
@@ -50,7 +50,7 @@ def start(request, tmp_path):
 def load(kind, folder, may_ignore=()):
     """The model as transformers loads it, with nothing missing, drawn anew or left over but `may_ignore`."""
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    info["unexpected_keys"] -= set(may_ignore)
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(may_ignore)
     assert not any(info.values()), f"transformers reports {info}"
     return model.eval()
 
