@@ -97,7 +97,8 @@ class Conversation:
         oldest turns are left out."""
         opening, reply, n_forgotten = TURN.format(question), TextSample(self.subject.tokenizer, STOPS), 0
         full, notes = f"the context of {self.subject.model.config.ctx} tokens is full", []
-        print("Assistant:", end="", flush=True)
+        space = self.subject.tokenizer.space_before(opening)
+        print("Assistant:" + space, end="", flush=True)
         try:
             while not reply.ended and len(reply.tokens) < self.args.max_new:
                 ids = self.encode("".join(self.turns[n_forgotten:]) + opening) + reply.tokens
@@ -112,7 +113,7 @@ class Conversation:
             notes.append("stopped")
         if n_forgotten:
             notes.append(f"{full}: the first {n_forgotten} of {len(self.turns)} earlier turns are forgotten")
-        self.turns.append(opening + reply.text[:reply.n_settled].rstrip())
+        self.turns.append(opening + space + reply.text[:reply.n_settled].rstrip())
         print("".join(f"\n({note})" for note in notes), flush=True)
 
     def go_on(self, reply, ids):

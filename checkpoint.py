@@ -89,6 +89,8 @@ def read_checkpoint(folder):
     config = read_config(read_json(folder / "config.json"), folder / "config.json")
     tokenizer = Tokenizer.load(folder)
     meta = _read_meta(folder / "meta.json")
+    if meta.get("chat"):
+        tokenizer.use_chat()
     if not tokenizer.n_vocab <= config.vocab_size <= 1.1 * tokenizer.n_vocab + 64:
         raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of "
                          f"{config.vocab_size}: these two files are not of one model")
@@ -133,7 +135,8 @@ def save(out, model, tokenizer, meta, train_state):
         tokenizer.save(partial, append_eoc=meta["kind"] == "pm" and meta.get("eoc", True))
         _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        meta = {**meta, "tokenizer": tokenizer.key, "eoc_token_id": tokenizer.eoc, "versions": versions}
+        meta = {**meta, "tokenizer": tokenizer.key, "chat": tokenizer.chat is not None,
+                "eoc_token_id": tokenizer.eoc, "versions": versions}
         write_file(partial / "meta.json", json.dumps(meta, indent=1))
         for path in partial.iterdir():
             path.chmod(0o644)

@@ -79,6 +79,8 @@ def main():
     text_files, dialogue_files, prompt_name = find_sources(args)
     resumed = trainer.resumed(args, "lm", text_files + dialogue_files)
     model, tokenizer, meta = checkpoint.load_lm(args.init)
+    if tokenizer.chat:
+        raise InputError(f"{args.init}: was trained with --chat; distillation needs a model of plain dialogues")
     teacher_folder = checkpoint.find(args.teacher or args.init)
     teacher, teacher_tokenizer, _ = checkpoint.load_lm(teacher_folder)
     if teacher_tokenizer.key != tokenizer.key:

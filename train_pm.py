@@ -72,6 +72,8 @@ def parse_args():
         "the LM loss from the paper: pmp 0.1, 512 and 1; finetune 0.01, 32 and 0 (default: finetune)")
     add("--binarise", action="store_true",
         help="turn ranked pairs into independent ones with control texts, see above")
+    add("--chat", action="store_true",
+        help="write Human/Assistant dialogues by the chat template of --init (default: as they stand)")
     add("--no_eoc", action="store_true",
         help="write no end-of-context token, and read the reward at a completion's own last token")
     add("--pairs_per_group", choices=("all", "1"), default="all",
@@ -110,6 +112,8 @@ def main():
     files = list(dict.fromkeys(file for source in sources for file in source))
     wants_head = args.objective != "imitation"
     model, tokenizer, earlier_meta, is_resumed = build_model(args, files, wants_head, ranks.device)
+    if args.chat:
+        tokenizer.use_chat()
     model.dtype = pick_dtype(args.dtype, ranks.device)
     paper_rate, paper_batch, paper_lm_weight = STAGES[args.stage]
     lm_weight = paper_lm_weight if args.lm_weight is None else args.lm_weight

@@ -229,7 +229,7 @@ def _build(folder, files, tokenizer):
                 write("lines", [file_number, line])
                 write("chars", [len(context), *map(len, completions)])
                 write("segment_scores", [0, *scores])
-            for ids in tokenizer.encode_many(text for record in batch for text in (record[2], *record[3])):
+            for ids in tokenizer.encode_many(_texts(batch, tokenizer)):
                 out["tokens"].write(np.asarray(ids, tokenizer.dtype).tobytes())
                 offset += len(ids)
                 write("offsets", [offset])
@@ -237,6 +237,14 @@ def _build(folder, files, tokenizer):
     counts["duplicate"] = counts["comparisons"] - len(np.unique(np.fromfile(folder / "keys", np.uint64)))
     os.remove(folder / "keys")
     np.array([counts[k] for k in COUNTS], np.int64).tofile(folder / "counts")
+
+
+def _texts(batch, tokenizer):
+    """Yield the texts of comparisons, each context before its completions, as they are encoded."""
+    for _, _, context, completions, *_ in batch:
+        space = tokenizer.space_before(context)
+        yield context
+        yield from (completion.removeprefix(space) for completion in completions)
 
 
 def _read(files, counts, progress):

@@ -7,9 +7,11 @@ Each is the content of a tokenizer.json (data/tokenizer_json.py). tiktoken encod
 import base64
 import binascii
 import collections
+import functools
 import hashlib
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from data.chat_format import ChatFormat
 from data.errors import InputError
 from data.files import build_once, content_key, read_json, write_file
 from data.text import EOC, EOT, find_special, read_texts, valid_unicode
@@ -52,10 +55,11 @@ class Tokenizer:
     def __init__(self, spec, settings=None):
         """spec: the content of a tokenizer.json in which <eoc> is a special token. settings: that of the
         tokenizer_config.json beside it, if there is one. Raises ValueError for what is no BPE."""
-        self.spec, self.settings = spec, settings or {}
+        self.spec = spec
+        self.settings = {name: value["content"] if isinstance(value, dict) and "content" in value else value
+                         for name, value in (settings or {}).items()}
         specials, texts = added_tokens(spec), token_texts(spec)
         eos = self.settings.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
         eot = next((name for name in END_OF_TEXT if name in specials), eos)
         if eot not in specials:
             raise ValueError("no end-of-text token is known")
@@ -68,6 +72,7 @@ class Tokenizer:
         self._texts = [texts.get(i, "\ufffd".encode()) for i in range(self.n_vocab)]  # the bytes of each token
         self._n_bytes = np.array([len(text) for text in self._texts])
         self._n_bytes[list(specials.values())] = 0
+        self.chat = None  # a ChatFormat, if dialogues are written by the model's chat template
         self._library = None  # the `tokenizers` library's, made where it is needed
         self._byte_ids = self._encoding = None
         if form := tiktoken_form(spec):
@@ -85,7 +90,7 @@ class Tokenizer:
                                                special_tokens={EOT: len(ranks)})
             texts = [*PROBES, *(text.decode("utf-8", "ignore") for text in self._texts)]
             texts = [text for text in texts if not find_special(text)]
-            same = all(map(np.array_equal, self._encode_batch(texts), self._encode_by_library(texts)))
+            same = all(map(np.array_equal, self._encode_plain(texts), self._encode_by_library(texts)))
         except ValueError:  # tiktoken cannot read the pattern
             same = False
         if not same:
@@ -112,9 +117,45 @@ class Tokenizer:
             while under_way:
                 yield from under_way.popleft().result()
 
+    def use_chat(self):
+        """From now on, write dialogues by the model's chat template. Raises InputError if it has none."""
+        template = self.settings.get("chat_template")
+        if not isinstance(template, str):
+            raise InputError("--chat: this model has no chat template; leave out --chat")
+        if not self.chat:
+            self.chat = ChatFormat(template, {"bos_token": self.settings.get("bos_token") or "",
+                                              "eos_token": self.settings.get("eos_token") or ""})
+            self.key = hashlib.sha256((self.key + template).encode()).hexdigest()[:16]
+
+    def space_before(self, context):
+        """What stands between a context and its completion besides what is encoded. Our dialogues have a space
+        behind "Assistant:", which no chat template has."""
+        return " " if self.chat and context.endswith("\n\nAssistant:") else ""
+
     def _encode_batch(self, texts):
-        """The ids of each text. One call encodes all of them, with <eot> in between: each call may have to
-        wait for the global lock."""
+        """The ids of each text."""
+        if not self.chat:
+            return self._encode_plain(texts)
+        texts = [self.chat.pieces(text) for text in texts]
+        own = [piece for pieces in texts for piece, is_template in pieces if not is_template]
+        own_ids, found = iter(self._encode_plain(own)), []
+        for pieces in texts:
+            ids = [self._template_ids(piece) if is_template else next(own_ids) for piece, is_template in pieces]
+            found.append(np.concatenate([np.zeros(0, self.dtype), *ids]))
+        return found
+
+    @functools.lru_cache(maxsize=16)
+    def _template_ids(self, text):
+        """The ids of a part of the chat template. Special tokens such as <|im_start|> stand in it by name."""
+        specials = added_tokens(self.spec)
+        names = sorted(specials, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids = [[specials[part]] if part in specials else self._encode_plain([part])[0] for part in parts]
+        return np.concatenate(ids).astype(self.dtype)
+
+    def _encode_plain(self, texts):
+        """The ids of texts, in which names of special tokens mean nothing. One call encodes all of them, with
+        <eot> in between: each call may have to wait for the global lock."""
         for text in texts:
             if special := find_special(text):
                 raise ValueError(f"the text holds {special}, a special token")
@@ -162,8 +203,9 @@ class Tokenizer:
         spec = with_eoc_behind(self.spec) if append_eoc else self.spec
         name_of = {i: name for name, i in added_tokens(spec).items()}
         settings = {"chat_template": self.settings.get("chat_template"), "clean_up_tokenization_spaces": False,
-                    "eos_token": name_of[self.eos], "pad_token": name_of[self.eot],
-                    "tokenizer_class": "PreTrainedTokenizerFast"}
+                    "bos_token": self.settings.get("bos_token"), "eos_token": name_of[self.eos],
+                    "pad_token": name_of[self.eot], "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_input_names": ["input_ids", "attention_mask"]}
         settings = {name: value for name, value in settings.items() if value is not None}
         for file, content in zip(FILES, (spec, settings)):
             write_file(Path(folder) / file, json.dumps(content, ensure_ascii=False))

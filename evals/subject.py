@@ -87,6 +87,9 @@ class Subject:
 def add_model_flags(parser):
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder, Hugging Face folder or .gguf file")
+    add("--chat", action="store_true",
+        help="write Human/Assistant dialogues by the model's chat template, as is always done for a model "
+        "that was trained so (default: as they stand)")
     add("--prompt", metavar="FILE",
         help="prompt that stands before everything: a text file in the paper's format, or one of "
         f"{', '.join(NAMES)} (default: none)")
@@ -104,6 +107,8 @@ def load_subject(args, load=checkpoint.load):
     device = start(args.device).device
     model, tokenizer, meta = load(args.model)
     model.to(device).freeze(pick_dtype(args.dtype, device))
+    if getattr(args, "chat", False):
+        tokenizer.use_chat()
     ctx = plan.set_ctx(model, getattr(args, "ctx", None) or model.config.ctx)
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
     micro_tokens = plan.micro_tokens(args, model, device)
@@ -141,6 +146,7 @@ def reward_function(folder, args):
 
     def rewards(contexts, texts):
         most = judge.ctx - 2  # tokens of a text
+        texts = [t.removeprefix(judge.tokenizer.space_before(c)) for c, t in zip(contexts, texts)]
         data = pm.tokenised_comparisons([[encode(c), encode(t)[:most]] for c, t in zip(contexts, texts)])
         return np.concatenate(judge.score(data, np.arange(len(texts)), "reward", progress="judging"))
     return rewards, judge.meta
@@ -191,4 +197,5 @@ def samples(subject, texts, args, stops=None, unit="prompt"):
                     subject.prefix):
                 pass
             bar.update(len(batch))
-    return [[sample.text for sample in group] for group in drawn]
+    spaces = [tokenizer.space_before(text) for text in texts]
+    return [[space + sample.text for sample in group] for space, group in zip(spaces, drawn)]

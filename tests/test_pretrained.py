@@ -2,14 +2,20 @@
 in every way that a row can be laid out. transformers makes them here, with random weights."""
 import copy
 import json
+import re
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import DATA
+from conftest import DATA, run, run_well
 
 import checkpoint
 import gguf_file
+from data.errors import InputError
 from data.packing import Layout
 from data.tokenizer_json import CHAR_OF, byte_level_json
 from model import Cache, read
@@ -49,13 +55,14 @@ def make_theirs(name, seed=0):
     return model
 
 
-def write_tokenizer(folder, n=300, **settings):
-    """A byte-level BPE of n tokens, of which the first ends a text, as somebody else's folder has it."""
-    tokens = ["<|endoftext|>", *CHAR_OF.values()]
+def write_tokenizer(folder, specials=(), **settings):
+    """A byte-level BPE of 300 tokens, of which the first ends a text, as somebody else's folder has it."""
+    specials = ["<|endoftext|>", *specials]
+    tokens = [*specials, *CHAR_OF.values()]
     merges = [(a, b) for a in "etaoin" for b in "srhldu"] + [("Ġ", a) for a in "etaoinsrhl"]
-    merges = merges[:n - len(tokens)]
+    merges = merges[:300 - len(tokens)]
     vocab = {token: i for i, token in enumerate(tokens + [a + b for a, b in merges])}
-    spec = byte_level_json(vocab, merges, {"<|endoftext|>": 0})
+    spec = byte_level_json(vocab, merges, {token: i for i, token in enumerate(specials)})
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     settings = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -242,3 +249,233 @@ def test_weights_in_blocks_of_256_are_read(tmp_path, kind, n_bytes):
         write_gguf(tmp_path / "model.gguf", theirs)
     got = checkpoint.load(tmp_path / "model.gguf")[0].model.layers[0].mlp.down_proj.weight
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(blocks, qtype))) and got.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n"
+          "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.fixture
+def chat_folder(tmp_path):
+    """The folder of a model whose tokenizer has a chat template."""
+    folder = tmp_path / "chat"
+    make_theirs("SmolLM2").save_pretrained(folder)
+    write_tokenizer(folder, specials=("<|im_start|>", "<|im_end|>"), chat_template=CHATML, eos_token="<|im_end|>")
+    return folder
+
+
+def test_a_dialogue_becomes_the_text_of_the_chat_template(chat_folder):
+    tokenizer = checkpoint.load(chat_folder)[1]
+    context, completion = "\n\nHuman: Who are you?\n\nAssistant: I.\n\nHuman: Who?\n\nAssistant:", " A lamp."
+    assert tokenizer.decode(tokenizer.encode(context)) == context  # without --chat, as it stands
+    tokenizer.use_chat()
+    text = ("<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+            "I.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(tokenizer.encode(context)) == text
+    assert tokenizer.decode(tokenizer.encode(completion.removeprefix(tokenizer.space_before(context)))) == "A lamp."
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    messages = [{"role": role, "content": content} for role, content in (
+        ("user", "Who are you?"), ("assistant", "I."), ("user", "Who?"))]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    assert theirs(text).input_ids == tokenizer.encode(context).tolist()
+    assert list(tokenizer.encode_many([context, "plain"]))[0].tolist() == tokenizer.encode(context).tolist()
+
+
+def test_prompts_and_longer_completions_by_the_chat_template(chat_folder):
+    tokenizer = checkpoint.load(chat_folder)[1]
+    tokenizer.use_chat()
+    start = "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\n"
+    for text, expected in {
+            "Two talks.\n\n-----\n\nHuman: A\n\nAssistant: B\n\n-----\n\nHuman: C\n\nAssistant: D\n\n-----":
+            f"Two talks.{start}A<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n{start}C<|im_end|>\n"
+            "<|im_start|>assistant\nD<|im_end|>\n",
+            "B\n\nHuman: C\n\nAssistant: D":
+            "B<|im_end|>\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\nD",
+            "No turns: a text.": "No turns: a text.", "": ""}.items():
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+    ids = tokenizer.encode("\n\nHuman: <|im_end|>\n\nAssistant:").tolist()
+    assert ids.count(tokenizer.eos) == 2  # the template's; what a human writes is text
+
+
+@pytest.mark.parametrize("template, words", [
+    (None, "has no chat template"), ("{{ messages", "cannot be used"),
+    ("{{ raise_exception('no') }}", "cannot be used (no)"),
+    ("{% for m in messages %}{{ loop.length }}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+     "assistant: {% endif %}", "writes a turn differently depending on others")])
+def test_a_chat_template_that_cannot_be_used_is_refused(chat_folder, template, words):
+    write_tokenizer(chat_folder, **({"chat_template": template} if template else {}))
+    with pytest.raises(InputError, match=re.escape(words)):
+        checkpoint.load(chat_folder)[1].use_chat()
+
+
+def test_a_preference_model_trained_by_the_template_is_read_by_it(chat_folder, comparisons_file, tmp_path):
+    flags = ("--data", comparisons_file, "--steps", 1, "--batch", 4, "--held_out", 0.3, "--dtype", "fp32")
+    run_well("train_pm.py", "--init", chat_folder, "--chat", *flags, "--out", tmp_path / "pm")
+    tokenizer, meta = checkpoint.load(tmp_path / "pm")[1:]
+    assert tokenizer.chat and meta["chat"]
+    run_well("evaluate.py", "pm", "--model", tmp_path / "pm", "--data", comparisons_file)
+    refused = run("distill.py", "--init", tmp_path / "pm", "--out", tmp_path / "out")
+    assert refused.returncode == 2 and "preference model" in refused.stderr
+
+
+def test_a_chat_by_the_template(chat_folder):
+    flags = ("--model", chat_folder, "--chat", "--temperature", 0, "--max_new", 5, "--dtype", "fp32")
+    lines = run_well("chat.py", *flags, before=ask).splitlines()
+    assert lines[0].startswith("Assistant: ")
+
+
+def ask():
+    import io
+    import sys
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"Who are you?\n"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory):
+    return write_folder(make_theirs("Qwen2"), tmp_path_factory.mktemp("good") / "model")
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value != "remove"}))
+
+
+def edit_weights(folder, edit):
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    edit(weights)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
+def pickle_instead(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+
+
+def shards_are_absent(folder):
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def other_vocabulary(folder):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"] |= {f"Ġnew{i}": 300 + i for i in range(50)}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+BIAS, NORM = "model.layers.1.self_attn.k_proj.bias", "model.norm.weight"
+BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: missing or damaged"),
+    "cut weights": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]),
+                    "model.safetensors: missing or damaged"),
+    "pickled weights": (pickle_instead, "pytorch_model.bin: pickled weights are not read"),
+    "absent shards": (shards_are_absent, "model-00001-of-00002.safetensors: missing"),
+    "missing tensor": (lambda f: edit_weights(f, lambda w: w.pop(BIAS)), f"does not fit config.json: Missing key(s) "
+                       f'in state_dict: "{BIAS}"'),
+    "extra tensor": (lambda f: edit_weights(f, lambda w: w.update(extra=torch.ones(2))),
+                     'does not fit config.json: Unexpected key(s) in state_dict: "extra"'),
+    "wrong shape": (lambda f: edit_weights(f, lambda w: w.update({NORM: torch.ones(7)})),
+                    f"does not fit config.json: size mismatch for {NORM}"),
+    "whole numbers": (lambda f: edit_weights(f, lambda w: w.update({NORM: w[NORM].to(torch.int8)})),
+                      f"{NORM} is of type torch.int8"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing or damaged"),
+    "tokenizer of another kind": (lambda f: edit_json(f / "tokenizer.json", model={
+        "type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "a tokenizer of the kind WordLevel"),
+    "no end of text": (lambda f: (edit_json(f / "tokenizer.json", added_tokens=[]),
+                                  edit_json(f / "tokenizer_config.json", eos_token="remove")), "no end-of-text token"),
+    "another vocabulary": (other_vocabulary, "the tokenizer has 350 ids, the model a table of 300 rows"),
+    "GPT-2": (lambda f: edit_json(f / "config.json", model_type="gpt2"),
+              "cannot be read: gpt2, which has learned positions, LayerNorm"),
+    "Gemma": (lambda f: edit_json(f / "config.json", model_type="gemma"), "gemma, which has a GELU"),
+    "mixture of experts": (lambda f: edit_json(f / "config.json", model_type="mixtral"), "a mixture of experts"),
+    "unknown architecture": (lambda f: edit_json(f / "config.json", model_type="novel"), "cannot be read: novel; the"),
+    "another activation": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "hidden_act is gelu"),
+    "other biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias is True"),
+    "quantised": (lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}),
+                  "quantization_config is {'quant_method': 'gptq'}"),
+    "other scaling": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}),
+                      "rotary positions scaled by 'yarn'"),
+    "no sizes": (lambda f: edit_json(f / "config.json", hidden_size="remove"), "KeyError: 'hidden_size'"),
+    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), "does not fit config.json: Missing"),
+    "other heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=3), "does not fit config.json: size"),
+    "untied": (lambda f: edit_json(f / "config.json", tie_word_embeddings=False), "does not fit config.json: Missing"),
+    "a classifier": (lambda f: edit_json(f / "config.json", architectures=["Qwen2ForSequenceClassification"],
+                                         id2label={"0": "good"}), "another project's classifier"),
+    "several classes": (lambda f: edit_json(f / "config.json", architectures=["Qwen2ForSequenceClassification"],
+                                            id2label={"0": "a", "1": "b"}), "a classifier of 2 classes"),
+    "no JSON": (lambda f: (f / "config.json").write_text("[1]"), "config.json: missing or damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_folder_that_cannot_be_read_is_refused(good_folder, tmp_path, case):
+    folder = Path(shutil.copytree(good_folder, tmp_path / "model"))
+    damage, words = BAD_FOLDERS[case]
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        checkpoint.load(folder)
+    assert str(error.value).startswith(str(folder)) and words in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "distill.py", "evaluate.py hhh", "chat.py"])
+def test_every_script_answers_a_bad_folder_with_one_line(good_folder, tmp_path, script):
+    folder = Path(shutil.copytree(good_folder, tmp_path / "model"))
+    edit_json(folder / "config.json", model_type="gpt2")
+    name, *words = script.split()
+    flag = "--model" if name in ("evaluate.py", "chat.py") else "--init"
+    out = ("--out", tmp_path / "out") if flag == "--init" else ()
+    done = run(name, *words, flag, folder, *out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gpt2, which has learned positions" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+BAD_GGUF = {
+    "cut": (lambda content: content[:len(content) - 5000], "whole GGUF file"),
+    "cut early": (lambda content: content[:50], "whole GGUF file"),
+    "empty": (lambda content: b"", "whole GGUF file"),
+    "foreign": (lambda content: b"PK\3\4" + content, "whole GGUF file"),
+    "another architecture": (lambda content: content.replace(b"llama", b"gemma"), "the architecture 'gemma'"),
+    "another tokenizer": (lambda content: content.replace(b"gpt-2", b"gpt-9"), "a tokenizer of the kind gpt2, gpt-9"),
+    "a field is missing": (lambda content: content.replace(b"llama.block_count", b"llama.block_cnttt"), "block_count"),
+    "more layers": (lambda content: content.replace(b"blk.2.", b"blk.3."), "does not fit config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def good_gguf(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("good") / "model.gguf", make_theirs("SmolLM2")).read_bytes()
+
+
+@pytest.mark.parametrize("case", BAD_GGUF)
+def test_a_gguf_file_that_cannot_be_read_is_refused(good_gguf, tmp_path, case):
+    path = tmp_path / "bad.gguf"
+    damage, words = BAD_GGUF[case]
+    path.write_bytes(damage(good_gguf))
+    with pytest.raises(InputError) as error:
+        checkpoint.load(path)
+    assert str(error.value).startswith(f"{path}: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_gguf_without_its_package_and_missing_files_are_refused(good_gguf, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(good_gguf)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for path, words in ((tmp_path / "model.gguf", "pip install gguf"), (tmp_path / "none.gguf", "no such checkpoint"),
+                        (tmp_path, "no checkpoint in this folder")):
+        with pytest.raises(InputError, match=words):
+            checkpoint.load(path)
+
+
+def test_a_context_longer_than_the_window_is_refused(tmp_path, comparisons_file):
+    folder = write_folder(make_theirs("Mistral"), tmp_path / "model")
+    done = run("train_pm.py", "--init", folder, "--data", comparisons_file, "--ctx", 200, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "--ctx 200: the model looks back 128 tokens" in done.stderr
