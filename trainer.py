@@ -6,7 +6,6 @@ loss is the sum over all micro-batches and ranks, divided by the count over all 
 8, 8 batches of 1 and two ranks take the same step, which a mean of means would not.
 """
 import datetime
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data.errors import InputError
-from data.files import content_key, file_digest, write_file
+from data.files import content_key, file_digest, lock_folder, write_file
 from plan import eval_interval
 from ranks import check_compiler
 
@@ -41,26 +40,6 @@ def trained_on(earlier, files, held_out):
     return entries + [entry for entry in (earlier or {}).get("trained_on", []) if entry not in entries]
 
 
-def lock(out):
-    """Hold the folder OUT for this process, until the file descriptor that is returned is closed or the
-    process ends. Raises InputError, with the process that holds it, if another run is writing there."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be a run's folder ({error.strerror})") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        number = os.fstat(folder).st_ino
-        locks = Path("/proc/locks")  # of Linux: a line for each lock, with its process and the file's number
-        lines = locks.read_text().splitlines() if locks.exists() else []
-        holders = [line.split()[4] for line in lines if line.split()[-3].endswith(f":{number}")]
-        who = f"process {holders[0]}" if holders else "another process"
-        raise InputError(f"{out}: {who} is writing to this folder; wait for it, or give another --out") from None
-    return folder
-
-
 def resumed(args, kind, files):
     """(model, tokenizer, meta) of the run in --out if --resume is given and there is a checkpoint, else None.
 
@@ -70,7 +49,7 @@ def resumed(args, kind, files):
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
         return None
-    os.close(lock(out))  # names a run that is still writing
+    os.close(lock_folder(out))  # names a run that is still writing
     if not args.resume:
         raise InputError(f"{out}: holds a run already; give --resume to go on with it, or another --out")
     if not any(out.glob("step-*")) and not (out / "meta.json").exists():
@@ -294,7 +273,7 @@ class Log:
         self.seen = self.seen_at_last_line = 0
         if not self.main:
             return
-        self.lock = lock(args.out)
+        self.lock = lock_folder(args.out)
         path = Path(args.out) / "metrics.jsonl"
         kept = []
         if path.exists() and step:  # a resumed run does the steps after its checkpoint again

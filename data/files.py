@@ -210,6 +210,27 @@ def check_writable(path):
         pass
 
 
+def lock_folder(out):
+    """Hold the folder OUT for this process, until the file descriptor that is returned is closed or the
+    process ends. Raises InputError, with the process that holds it, if another run is writing there."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be a run's folder ({error.strerror})") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        number = os.fstat(folder).st_ino
+        locks = Path("/proc/locks")  # of Linux: a line for each lock, with its process and the file's number
+        lines = locks.read_text().splitlines() if locks.exists() else []
+        holders = [line.split()[4] for line in lines if line.split()[-3].endswith(f":{number}")]
+        who = f"process {holders[0]}" if holders else "another process"
+        raise InputError(f"{out}: {who} is writing to this folder; wait for it, or give another --out"
+                         ) from None
+    return folder
+
+
 def build_once(name, build):
     """The folder cache_dir()/name. If it is not there yet, build(empty folder) makes its content.
 
