@@ -127,7 +127,7 @@ class Conversation:
             print(piece, end="", flush=True)
 
     def read(self, ids):
-        """Have the cache hold all but the last of these token ids; it need not read its own beginning again."""
+        """Have the cache hold all but the last of these token ids, without reading again what it holds."""
         n_same, n_old = 0, min(len(ids) - 1, len(self.ids), self.cache.length)
         while n_same < n_old and ids[n_same] == self.ids[n_same]:
             n_same += 1

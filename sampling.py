@@ -32,7 +32,7 @@ class TextSample(TokenSample):
     def __init__(self, tokenizer, stops=()):
         super().__init__(end_ids=(tokenizer.eot, tokenizer.eoc, tokenizer.eos))
         self.tokenizer, self.stops, self.text, self.n_settled = tokenizer, stops, "", 0
-        self.stop_beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
+        self.stop_beginnings = tuple(stop[:n] for stop in stops for n in range(1, len(stop)))
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
 
     def add(self, token):
@@ -43,9 +43,10 @@ class TextSample(TokenSample):
         self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
         stop_places = [self.text.index(stop) for stop in self.stops if stop in self.text]
         if stop_places:
-            self.text, self.ended, n_open = self.text[:min(stop_places)], True, 0
-        else:
-            n_open = max((len(x) for x in self.stop_beginnings if self.text.endswith(x)), default=0)
+            self.text, self.ended = self.text[:min(stop_places)], True
+        n_open = 0
+        if not self.ended and self.text.endswith(self.stop_beginnings):
+            n_open = max(len(start) for start in self.stop_beginnings if self.text.endswith(start))
         n_before, self.n_settled = self.n_settled, len(self.text) - n_open
         return self.text[n_before:self.n_settled]
 

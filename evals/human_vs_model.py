@@ -45,18 +45,15 @@ def records(paths, args, count):
     stops = [STOPS if "\n\nHuman:" in context and "\n\nAssistant:" in context else () for context in contexts]
     drawn = samples(subject, contexts, args, stops, "context")
     lengths, n_cut, n_unfinished = [], 0, 0  # lengths: (human, sample) in characters
-
-    def n_tokens(text):
-        return len(subject.tokenizer.encode(text))
-
+    encode = subject.tokenizer.encode
     for (context, completions, scores, group), texts in zip(comparisons, drawn):
         human = completions[int(np.argmax(scores))]
         kept = usable(texts, human, count)
         if not kept:
             count.drop("comparisons left without a sample")
             continue
-        n_cut += n_tokens(context) > subject.ctx - args.max_new
-        n_unfinished += sum(n_tokens(text) >= args.max_new for text in kept)
+        n_cut += len(encode(context)) > subject.ctx - args.max_new
+        n_unfinished += sum(len(encode(text)) >= args.max_new for text in kept)
         lengths += [(len(human), len(text)) for text in kept]
         yield {"context": context, "completions": [human, *kept], "scores": [1] + [0] * len(kept),
                "group": group}

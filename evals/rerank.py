@@ -46,10 +46,7 @@ def accuracy_by_k(args, subject):
     rule = "reward" if subject.is_pm else "mean"
     files = find_files(args.data)
     data = load_comparisons(files, subject.tokenizer)
-    unseen = subject.unseen(data, files, args.split)
-    examples = np.flatnonzero(unseen & data.fits(subject.ctx))
-    if not len(examples):
-        raise InputError(f"{files[0]}: no problem whose samples fit the context of {subject.ctx} tokens")
+    examples = pm.examples_to_score(data, subject.ctx, subject.unseen(data, files, args.split))
     marks = [data.scores(i) > 0 for i in examples]  # which samples are right
     scores = subject.score(data, examples, rule, progress="scoring")
     rankings = {"reward" if rule == "reward" else "mean log-prob": scores}
@@ -60,8 +57,7 @@ def accuracy_by_k(args, subject):
     fewest = min(map(len, marks))
     figures = {"benchmark": "rerank", "model": subject.name, "score": rule, "problems": len(examples),
                "samples": fewest, "right": float(np.mean([m.mean() for m in marks]))}
-    print(f"\n{len(examples):,} problems, {unseen.sum() - len(examples)} left out as too long; at least "
-          f"{fewest} samples each; ± standard error by group\n")
+    print(f"\n{len(examples):,} problems, at least {fewest} samples each; ± standard error by group\n")
     print("     k" + "".join(f"{name:>20}" for name in rankings))
     groups = np.asarray(data.groups)[examples]
     for k in sorted({k for k in args.k if k <= fewest}):

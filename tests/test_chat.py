@@ -15,18 +15,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import Running, run, run_well
+from conftest import BYTES, Running, run_refused, run_well
 
 import chat
 import checkpoint
 import sampling
 from data.prompts import STOPS
-from data.tokenizer import get_tokenizer
 from evals.subject import Subject, samples
 from model import Cache, read
 from sampling import TextSample, stream
 
-BYTES = get_tokenizer("bytes")
 PROMPT = "Short answers.\n\n-----\n\nHuman: Hi\n\nAssistant: Hello.\n\n-----"
 
 
@@ -241,27 +239,20 @@ def test_the_same_seed_gives_the_same_answers(lm, tmp_path):
     assert out[0] == out[1] != out[2]
 
 
-def refused(*flags):
-    """The one line that chat.py prints about flags that cannot work."""
-    done = run("chat.py", *flags)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
-    return done.stderr
-
-
 def test_prompts_are_cut_where_asked_and_too_long_ones_refused(wild, tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("P" + "\n\n-----\n\nHuman: Hi\n\nAssistant: Hello." * 10)
-    message = refused("--model", wild, "--prompt", long)
+    message = run_refused("chat.py", "--model", wild, "--prompt", long)
     assert message.startswith(f"chat.py: error: {long}: a prompt of ") and "--prompt_tokens 144" in message
     shown = talk(tmp_path, wild, "/prompt", flags=("--prompt", long, "--prompt_tokens", 144))
     assert shown.startswith("P\n\n-----\n\nHuman: Hi") and 90 < len(shown.split("\n(prompt")[0]) <= 144
 
 
 def test_other_models_missing_prompts_and_wrong_flags_are_refused(pm, lm):
-    assert "a language model is needed" in refused("--model", pm)
-    assert "no.txt: no such prompt file" in refused("--model", lm, "--prompt", "no.txt")
-    assert "nowhere: no such checkpoint folder" in refused("--model", "nowhere")
-    assert "--top_p" in refused("--model", lm, "--top_p", 2)
+    assert "a language model is needed" in run_refused("chat.py", "--model", pm)
+    assert "no.txt: no such prompt file" in run_refused("chat.py", "--model", lm, "--prompt", "no.txt")
+    assert "nowhere: no such checkpoint folder" in run_refused("chat.py", "--model", "nowhere")
+    assert "--top_p" in run_refused("chat.py", "--model", lm, "--top_p", 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
