@@ -7,4 +7,4 @@ PYTHON=${PYTHON:-python3}
 [ -d .venv ] || "$PYTHON" -m venv .venv
 . .venv/bin/activate
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-python lab.py toy core --sizes 0.8m
+python lab.py toy core --sizes 0.8m --seeds 3

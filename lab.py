@@ -60,8 +60,9 @@ def parse_args():
     add("claims", nargs="*", metavar="CLAIM",
         help="claims to test, or core for the first five (default: all)")
     add("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
-    add("--seeds", type=plan.positive(int), default=3,
-        help="how many seeds, 0 and up, every run has (default: %(default)s)")
+    add("--seeds", type=plan.positive(int),
+        help="how many seeds, 0 and up, every run has (default: 6 for toy, where each is a world of its own, and "
+        "3 for the others)")
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
         help="model sizes, the main one last, as model.py names them (default: the scale's)")
     add("--data", metavar="DIR", help="for small and gpu: folder of the published files")
@@ -79,6 +80,8 @@ def parse_args():
     args = parser.parse_intermixed_args()
     args.given = [word for word in sys.argv[1:] if word not in (args.scale, *args.claims)]
     if args.scale != "paper":
+        args.many_seeds = args.seeds or 20  # of a claim whose runs take seconds
+        args.seeds = args.seeds or SCALES[args.scale].default_seeds
         args.sizes = args.sizes or list(SCALES[args.scale].default_sizes)
         there = [name for name in CLAIMS if name not in SCALES[args.scale].without]
         wanted = [name for claim in args.claims or there for name in (CORE if claim == "core" else [claim])]

@@ -81,6 +81,12 @@ def size_panels(arms, key, label, chance=None, rulers=(), scale=100):
             f"each set, {size_label(main)}": points(sets, label, chance, lines=False)}
 
 
+def value_panel(found, label, chance=None):
+    """The panel of {arm: {set: values}}, in %."""
+    return points({name: {one: spread([100 * np.mean([value for value, _ in own.values()]) for own in seeds])
+                          for one, seeds in arm.items()} for name, arm in found.items()}, label, chance, lines=False)
+
+
 def calibration_panels(arm):
     """How often preference models are right by the probability that they give, and the pairs behind that."""
     series, pairs = {"as given": {}}, {}

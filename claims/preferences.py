@@ -2,7 +2,7 @@
 prompting.py says how a claim is written."""
 import numpy as np
 
-from claims.figures import calibration_panels, mean_of, points, size_panels, spread
+from claims.figures import calibration_panels, mean_of, points, size_panels, spread, value_panel
 from claims.findings import (
     above, at_size, compared, equal, gain_over_members, growing, outcome, over_seeds, overconfidence,
     pairs_right, values)
@@ -35,13 +35,27 @@ def uses_context(lab, arms):
                     prefix=f"{size_label(lab.size)}: ")[0]
 
 
+def tell_kinds(lab, arms, sentence, told, findings):
+    """Where kinds of questions are known, add the findings of a sentence on each of them, and a panel."""
+    kinds, found = lab.kinds(), {}
+    for name, arm in at_size(values(arms), lab.size).items():
+        found[name] = {kind: [{item: value for item, value in own.items() if kinds.get(value[1]) == kind}
+                              for seeds in arm.values() for own in seeds] for kind in sorted({*kinds.values()})}
+    if kinds:
+        findings += compared(sentence, found, prefix=f"{size_label(lab.size)}: ")[1:]
+        told.figure[f"each kind, {size_label(lab.size)}"] = value_panel(found, RIGHT, 50)
+    return told
+
+
 def ranked_beats_imitation(lab):
     """Section 3.2: on ranked data a preference model is right more often than imitation, and the more the
     larger the model."""
     arms = against_imitation(lab, lab.ranked)
     yield arms
-    return growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50, RULERS),
-                   "preference model > imitation", premises=[uses_context(lab, arms)])
+    sentence = "preference model > imitation"
+    told = growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50, RULERS), sentence,
+                   premises=[uses_context(lab, arms)])
+    return tell_kinds(lab, arms, sentence, told, told.beside)
 
 
 def binary_equals_imitation(lab):
@@ -53,7 +67,7 @@ def binary_equals_imitation(lab):
                    premises=[uses_context(lab, arms)], prefix=f"{size_label(lab.size)}: ")
     for size in lab.sizes[:-1]:
         told.beside += compared(sentence, at_size(found, size), prefix=f"{size_label(size)}: ")
-    return told
+    return tell_kinds(lab, arms, sentence, told, told.parts)
 
 
 def calibration(lab):
@@ -101,9 +115,9 @@ def ensembles(lab):
     n = len(lab.seeds)
     if n < 2:
         raise InputError("ensembles needs at least two --seeds")
-    lab = lab.in_one_world()  # its members have to judge the same comparisons
-    models = lab.arm(lambda one, name: one.pm(name), lab.ranked)
-    single = ranked_models(lab, lab.ranked)[lab.size]
+    lm, lab = lab.lm(), lab.changed(world=0)  # the members judge the same comparisons; their seeds differ
+    models = lab.arm(lambda one, name: one.pm(name, init=lm), lab.ranked)
+    single = lab.arm(lambda one, name: one.accuracy(one.pm(name, init=lm), name, no_context=True), lab.ranked)
     together = {name: [lab.accuracy(own[0], name, "--ensemble", *own[1:])] for name, own in models.items()}
     yield single, together
 

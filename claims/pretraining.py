@@ -147,7 +147,7 @@ def synthetic_transfer(lab):
 
     def binarised(one):
         return pre_trained(one, "--binarise")
-    orders = ("same", "shuffled", "reversed")
+    lab, orders = lab.changed(seeds=lab.many_seeds), ("same", "shuffled", "reversed")
     arms = {"none": lab.arm(lambda one, order: transfer(one, order, *fresh), orders),
             "ranked": lab.arm(lambda one, order: transfer(one, order, "--init", pre_trained(one)), orders),
             "binarised": lab.arm(lambda one, order: transfer(one, order, "--init", binarised(one)), orders)}

@@ -11,21 +11,30 @@ model's. At a hundredth, the paper's rate for finetuning, a few hundred steps te
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import checkpoint
 import plan
-from claims.runs import Run
+from claims.runs import ROOT, Run
 from data import toy
+from data.comparisons import hash64
 from data.errors import InputError
 from data.files import write_file
 from data.toy import sources as toy_sources
+from data.toy.world import build_world
 from model import SIZES
 
 CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
 UTILISATION = 0.4  # the part of the peak that training is assumed to reach
 NEVER = 10**6  # --eval_every: no evaluation before the end
+MAKE_WORLD = """import sys
+from data.toy import sources, toy_folder
+toy_folder(int(sys.argv[1]))
+for name in sources.READERS:
+    sources.prepared(name, int(sys.argv[1]))"""
 
 
 def parameters(size, vocabulary=0):
@@ -47,27 +56,34 @@ class Scale:
     flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
     world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
-    max_new = 40  # tokens of a sample
+    max_new, default_seeds = 40, 3  # max_new: tokens of a sample
 
     def __init__(self, args):
-        self.folder, self.seeds, self.sizes = Path(args.out).resolve() / "runs", range(args.seeds), args.sizes
+        self.folder, self.sizes = Path(args.out).resolve() / "runs", args.sizes
+        self.seeds, self.many_seeds = range(args.seeds), range(args.many_seeds)
         self.size, self.seed = self.sizes[-1], 0
 
     def arm(self, make, names=None, size=None):
         """{set: the runs make(one, set) for each seed}, where `one` is this scale at a seed and a size, the
         main one unless said. Without names there is one set, called "", and the runs are make(one)."""
-        scales = [copy.copy(self) for _ in self.seeds]
-        for scale, scale.seed in zip(scales, self.seeds):
-            scale.size = size or self.size
+        scales = [self.changed(size=size or self.size, seed=seed) for seed in self.seeds]
         if names is None:
             return {"": [make(one) for one in scales]}
         return {name: [make(one, name) for one in scales] for name in names}
 
+<<<<<<< HEAD
     def in_one_world(self):
         """This scale with the same data for all seeds."""
         scale = copy.copy(self)
         scale.world = 0
         return scale
+=======
+    def changed(self, **attributes):
+        """A copy of this scale with other attributes."""
+        scale = copy.copy(self)
+        vars(scale).update(attributes)
+        return scale
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def by_size(self, make, names=None):
         return {size: self.arm(make, names, size) for size in self.sizes}
@@ -99,9 +115,9 @@ class Scale:
             "train_pm.py", "--init", init, "--seed", self.seed, "--lr", self.rate(), "--held_out", held_out,
             "--eval_every", evaluations, *flags, seconds=self.seconds(comparisons * self.tokens))
 
-    def pm(self, name, *flags):
+    def pm(self, name, *flags, init=None):
         """A preference model of a set."""
-        return self.train_pm(self.lm(), "--data", self.data(name), *self.much, *flags,
+        return self.train_pm(init or self.lm(), "--data", self.data(name), *self.much, *flags,
                              held_out=self.held_out(name), comparisons=self.comparisons)
 
     def imitation(self, name):
@@ -129,7 +145,11 @@ class Scale:
     def finetuned_on(self, text):
         """The language model after thirty steps on one short text. The file repeats the text, so that
         windows of training also show its beginning."""
+<<<<<<< HEAD
         copies = self.file(f"{text.parent.name}-{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
+=======
+        copies = self.file(f"{text.stem}-{self.seed}.jsonl", [{"text": text.read_text()}] * 64)
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
         return self.run(
             "train_lm.py", "--init", self.lm(), "--seed", self.seed, "--data", copies, "--ctx", 64,
             "--batch", 512, "--steps", 30, "--held_out", 0.02, "--lr", self.rate(), "--schedule", "linear",
@@ -172,9 +192,16 @@ class Scale:
 
 
 class Toy(Scale):
+<<<<<<< HEAD
     """The embedded world: every set is one of its files. Each seed is a world of its own, with other facts,
     other pages and other comparisons, so that an interval over seeds is one over worlds."""
     default_sizes = "test", "0.8m"
+=======
+    """The embedded world: every set is one of its files, and each seed is a world of its own. Worlds from 10 on are
+    for choosing settings; the lab looks at the others."""
+    default_sizes, default_seeds = ("test", "0.8m"), 6
+    world = None  # the world of all seeds, where they are not to have one each
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
     without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
     flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small
     ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
@@ -184,6 +211,15 @@ class Toy(Scale):
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
 
+<<<<<<< HEAD
+=======
+    def __init__(self, args):
+        super().__init__(args)
+        worlds = [subprocess.Popen([sys.executable, "-c", MAKE_WORLD, str(seed)], cwd=ROOT) for seed in self.seeds]
+        for world in worlds:  # side by side, as each takes ten seconds
+            world.wait()
+
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
     @property
     def prompt_text(self):
         return self.data("prompt").with_suffix(".txt")
@@ -191,6 +227,14 @@ class Toy(Scale):
     @property
     def prompt(self):
         return "--prompt", self.prompt_text
+<<<<<<< HEAD
+=======
+
+    def kinds(self):
+        """{group of a comparison, as an evaluation writes it: its kind of question}, the same in all worlds."""
+        questions = build_world(0).asked.values()
+        return {f"{hash64(question.group):016x}": question.kind for kind in questions for question in kind}
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def lm(self):
         """Small steps and a rate that falls to 0 reach a lower loss than an epoch of larger steps, in three
@@ -201,10 +245,17 @@ class Toy(Scale):
             seconds=self.seconds(2e6))
 
     def data(self, name):
+<<<<<<< HEAD
         seed = self.seed if self.world is None else self.world
         if name in self.sources:
             return toy_sources.prepared(name, seed)
         return toy.toy_folder(seed) / f"{name}.jsonl"
+=======
+        world = self.seed if self.world is None else self.world
+        if name in self.sources:
+            return toy_sources.prepared(name, world)
+        return toy.toy_folder(world) / f"{name}.jsonl"
+>>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def held_out(self, name):
         return toy.HELD_OUT
