@@ -61,7 +61,7 @@ def parse_args():
         help="claims to test, or core for the first five (default: all)")
     add("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
     add("--seeds", type=plan.positive(int),
-        help="how many seeds, 0 and up, every run has (default: 6 for toy, where each is a world of its own, and "
+        help="how many seeds, 0 and up, every run has (default: 6 for toy, where each is a world of its own, "
         "3 for the others)")
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
         help="model sizes, the main one last, as model.py names them (default: the scale's)")

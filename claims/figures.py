@@ -83,8 +83,11 @@ def size_panels(arms, key, label, chance=None, rulers=(), scale=100):
 
 def value_panel(found, label, chance=None):
     """The panel of {arm: {set: values}}, in %."""
-    return points({name: {one: spread([100 * np.mean([value for value, _ in own.values()]) for own in seeds])
-                          for one, seeds in arm.items()} for name, arm in found.items()}, label, chance, lines=False)
+    def in_percent(items):
+        return 100 * np.mean([value for value, _ in items.values()])
+    series = {name: {one: spread([*map(in_percent, seeds)]) for one, seeds in arm.items()}
+              for name, arm in found.items()}
+    return points(series, label, chance, lines=False)
 
 
 def calibration_panels(arm):

@@ -38,12 +38,17 @@ def uses_context(lab, arms):
 def tell_kinds(lab, arms, sentence, told, findings):
     """Where kinds of questions are known, add the findings of a sentence on each of them, and a panel."""
     kinds, found = lab.kinds(), {}
+    if not kinds:
+        return told
+
+    def only(kind, items):
+        return {item: value for item, value in items.items() if kinds.get(value[1]) == kind}
     for name, arm in at_size(values(arms), lab.size).items():
-        found[name] = {kind: [{item: value for item, value in own.items() if kinds.get(value[1]) == kind}
-                              for seeds in arm.values() for own in seeds] for kind in sorted({*kinds.values()})}
-    if kinds:
-        findings += compared(sentence, found, prefix=f"{size_label(lab.size)}: ")[1:]
-        told.figure[f"each kind, {size_label(lab.size)}"] = value_panel(found, RIGHT, 50)
+        (seeds,) = arm.values()
+        found[name] = {kind: [only(kind, items) for items in seeds] for kind in sorted({*kinds.values()})}
+    findings += compared(sentence, found, prefix=f"{size_label(lab.size)}: ")[1:]
+    panel = value_panel(found, RIGHT, 50)
+    told.figure = {"all kinds": told.figure[""], f"each kind, {size_label(lab.size)}": panel}
     return told
 
 

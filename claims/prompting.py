@@ -41,7 +41,7 @@ def distilled_equals_prompted(lab):
     arms = {"plain": lab.arm(lambda one: one.hhh(one.lm())),
             "prompted": lab.arm(lambda one: one.hhh(one.lm(), prompted=True)),
             "distilled": lab.arm(lambda one: one.hhh(one.distilled())),
-            "finetuned on it": lab.arm(lambda one: one.hhh(one.finetuned_on(one.prompt_text)))}
+            "finetuned on it": lab.arm(lambda one: one.hhh(one.finetuned_on(one.prompt_text())))}
     yield arms
     return outcome(
         values(arms, choice_right("mean")), arm_panel(arms, "accuracy_mean", HHH, 50),
@@ -108,9 +108,9 @@ def prior_not_finetuning(lab):
     def question(name, context, completions):
         record = {"context": context, "completions": completions, "scores": [1, 0], "group": "count"}
         return "--data", lab.file(f"count-{name}.jsonl", [record])
-    after = question("after", toy.count_from(1, 63) + ",", [" 64, 65, 66, 67", " 1, 2, 3, 4"])
+    count = toy.count_from(1, 63)
+    after = question("after", count + ",", [" 64, 65, 66, 67", " 1, 2, 3, 4"])
     alone = question("alone", "", ["64, 65, 66, 67", "1, 2, 3, 4"])
-    count = toy.toy_folder() / "count.txt"
     arms = {"untouched": lab.arm(lambda one: one.evaluate("choice", one.lm(), *alone)),
             "prompted": lab.arm(lambda one: one.evaluate("choice", one.lm(), *after, "--ctx", 400)),
             "finetuned": lab.arm(lambda one: one.evaluate("choice", one.finetuned_on(count), *alone))}

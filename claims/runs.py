@@ -149,7 +149,8 @@ def launched(command, launch):
 
 
 # Runs are forked from a process that has imported these: that saves each of them its first seconds.
-PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate", "lab"]
+PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate",
+           "lab"]
 processes = multiprocessing.get_context("forkserver")
 
 

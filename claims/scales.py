@@ -21,7 +21,8 @@ from claims.runs import ROOT, Run
 from data import toy
 from data.comparisons import hash64
 from data.errors import InputError
-from data.files import write_file
+from data.files import content_key, write_file
+from data.prompts import load_prompt
 from data.toy import sources as toy_sources
 from data.toy.world import build_world
 from model import SIZES
@@ -71,19 +72,11 @@ class Scale:
             return {"": [make(one) for one in scales]}
         return {name: [make(one, name) for one in scales] for name in names}
 
-<<<<<<< HEAD
-    def in_one_world(self):
-        """This scale with the same data for all seeds."""
-        scale = copy.copy(self)
-        scale.world = 0
-        return scale
-=======
     def changed(self, **attributes):
         """A copy of this scale with other attributes."""
         scale = copy.copy(self)
         vars(scale).update(attributes)
         return scale
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def by_size(self, make, names=None):
         return {size: self.arm(make, names, size) for size in self.sizes}
@@ -142,14 +135,13 @@ class Scale:
             "--dialogue", self.data("dialogue"), "--sequences", 3072, "--lr", self.rate(),
             "--eval_every", NEVER, seconds=self.seconds(3072 * self.tokens * 2, 8))
 
+    def prompt_text(self):
+        return load_prompt(self.prompt[1])
+
     def finetuned_on(self, text):
         """The language model after thirty steps on one short text. The file repeats the text, so that
         windows of training also show its beginning."""
-<<<<<<< HEAD
-        copies = self.file(f"{text.parent.name}-{text.stem}.jsonl", [{"text": text.read_text()}] * 64)
-=======
-        copies = self.file(f"{text.stem}-{self.seed}.jsonl", [{"text": text.read_text()}] * 64)
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
+        copies = self.file(f"{content_key([], text)}.jsonl", [{"text": text}] * 64)
         return self.run(
             "train_lm.py", "--init", self.lm(), "--seed", self.seed, "--data", copies, "--ctx", 64,
             "--batch", 512, "--steps", 30, "--held_out", 0.02, "--lr", self.rate(), "--schedule", "linear",
@@ -192,16 +184,10 @@ class Scale:
 
 
 class Toy(Scale):
-<<<<<<< HEAD
     """The embedded world: every set is one of its files. Each seed is a world of its own, with other facts,
-    other pages and other comparisons, so that an interval over seeds is one over worlds."""
-    default_sizes = "test", "0.8m"
-=======
-    """The embedded world: every set is one of its files, and each seed is a world of its own. Worlds from 10 on are
-    for choosing settings; the lab looks at the others."""
+    other pages and other comparisons, so that an interval over seeds is one over worlds. The worlds from 10
+    on are for choosing settings, and the lab does not look at them."""
     default_sizes, default_seeds = ("test", "0.8m"), 6
-    world = None  # the world of all seeds, where they are not to have one each
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
     without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
     flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small
     ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
@@ -211,30 +197,20 @@ class Toy(Scale):
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
 
-<<<<<<< HEAD
-=======
     def __init__(self, args):
         super().__init__(args)
-        worlds = [subprocess.Popen([sys.executable, "-c", MAKE_WORLD, str(seed)], cwd=ROOT) for seed in self.seeds]
-        for world in worlds:  # side by side, as each takes ten seconds
+        command = [sys.executable, "-c", MAKE_WORLD]  # side by side, as a world takes ten seconds
+        for world in [subprocess.Popen([*command, str(seed)], cwd=ROOT) for seed in self.seeds]:
             world.wait()
-
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
-    @property
-    def prompt_text(self):
-        return self.data("prompt").with_suffix(".txt")
 
     @property
     def prompt(self):
-        return "--prompt", self.prompt_text
-<<<<<<< HEAD
-=======
+        return "--prompt", f"toy:{self.seed}"
 
     def kinds(self):
-        """{group of a comparison, as an evaluation writes it: its kind of question}, the same in all worlds."""
+        """{group of a comparison, as evaluations write it: its kind of question}, in all worlds the same."""
         questions = build_world(0).asked.values()
         return {f"{hash64(question.group):016x}": question.kind for kind in questions for question in kind}
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def lm(self):
         """Small steps and a rate that falls to 0 reach a lower loss than an epoch of larger steps, in three
@@ -245,17 +221,10 @@ class Toy(Scale):
             seconds=self.seconds(2e6))
 
     def data(self, name):
-<<<<<<< HEAD
         seed = self.seed if self.world is None else self.world
         if name in self.sources:
             return toy_sources.prepared(name, seed)
         return toy.toy_folder(seed) / f"{name}.jsonl"
-=======
-        world = self.seed if self.world is None else self.world
-        if name in self.sources:
-            return toy_sources.prepared(name, world)
-        return toy.toy_folder(world) / f"{name}.jsonl"
->>>>>>> 5a35d33 (Kinds of questions in the toy world's accuracies, worlds made side by side, six seeds by default)
 
     def held_out(self, name):
         return toy.HELD_OUT
@@ -302,7 +271,6 @@ class Small(Scale):
     contexts, judged, candidates = "hh", "hh", ("code", "code")
     learn, lm_tokens = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500), 12.3e6
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
-    prompt_text = Path(__file__).parents[1] / "data/prompts/hhh.txt"
 
     def __init__(self, args):
         super().__init__(args)
