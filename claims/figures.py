@@ -10,6 +10,7 @@ import textwrap
 import matplotlib
 import numpy as np
 
+from claims.findings import item_mean
 from claims.scales import size_label
 
 matplotlib.use("Agg")
@@ -69,24 +70,22 @@ def size_panels(arms, key, label, chance=None, rulers=(), scale=100):
     """The panels of {arm: {size: arm}}: the mean of the sets by size and, where there are several, each set
     at the largest size. rulers: figures of the last arm's runs that are drawn like arms."""
     *_, last = arms.values()
-    drawn = [(name, sizes, key) for name, sizes in arms.items()]
+    drawn = [(name, by_size, key) for name, by_size in arms.items()]
     drawn += [(ruler.replace("_", " "), last, ruler) for ruler in rulers]
-    series = {name: {size_label(size): mean_of(arm, own, scale) for size, arm in sizes.items()}
-              for name, sizes, own in drawn}
+    series = {name: {size_label(size): mean_of(arm, figure, scale) for size, arm in by_size.items()}
+              for name, by_size, figure in drawn}
     *_, main = last
     if len(last[main]) == 1:
         return {"": points(series, label, chance)}
-    sets = {name: each_set(sizes[main], own) for name, sizes, own in drawn}
+    sets = {name: each_set(by_size[main], figure) for name, by_size, figure in drawn}
     return {"mean of the sets": points(series, label, chance),
             f"each set, {size_label(main)}": points(sets, label, chance, lines=False)}
 
 
-def value_panel(found, label, chance=None):
+def value_panel(arms, label, chance=None):
     """The panel of {arm: {set: values}}, in %."""
-    def in_percent(items):
-        return 100 * np.mean([value for value, _ in items.values()])
-    series = {name: {one: spread([*map(in_percent, seeds)]) for one, seeds in arm.items()}
-              for name, arm in found.items()}
+    series = {arm: {name: spread([100 * item_mean(items) for items in seeds]) for name, seeds in sets.items()}
+              for arm, sets in arms.items()}
     return points(series, label, chance, lines=False)
 
 

@@ -1,7 +1,8 @@
 """The claims' statistics: means and paired differences with 95 % intervals, and the verdicts that these give.
 
-An arm is {set: [the run of each seed]}, with one set called "" where there are no sets. Its values have
-{item: (value, group)} in each run's place.
+An arm is {set: [the run of each seed]}, with one set called "" where there are no sets. Its values are the
+same with {item: (value, group)} in each run's place. A finding says what one difference means, and an outcome
+has all findings of a claim.
 """
 import math
 import re
@@ -75,20 +76,25 @@ class Estimate(NamedTuple):
     data: str = ""
 
 
-def mean(found, scale=100, less=0.0):
-    """The Estimate of the mean of an arm's values over items, seeds and sets, less a number; times the scale.
+def mean(arm_values, scale=100, baseline=0.0):
+    """The Estimate of how far the mean of an arm's values over items, seeds and sets is above the baseline,
+    times the scale: 100 gives points.
 
     Seeds that gave the same values are one model, scored several times, and count once."""
-    rows = list(zip(*found.values()))  # for each seed the values of every set
-    rows = [row for number, row in enumerate(rows) if row not in rows[:number]]
+    by_seed = list(zip(*arm_values.values()))  # for each seed the items of every set
+    by_seed = [row for number, row in enumerate(by_seed) if row not in by_seed[:number]]
     errors, n_items, n_groups = [], 0, 0
-    for seeds in zip(*rows):
-        items = [(scale * value, 1 / len(own), group) for own in seeds for value, group in own.values()]
-        value, weight, group = map(np.array, zip(*items))
+    for seeds in zip(*by_seed):
+        rows = [(scale * value, 1 / len(items), group) for items in seeds for value, group in items.values()]
+        value, weight, group = map(np.array, zip(*rows))
         errors.append(pm.mean_and_error(value, weight, group)[1])
         n_items, n_groups = n_items + len(seeds[0]), n_groups + len(set(group))
-    by_set = [[np.mean([value for value, _ in own.values()]) for own in row] for row in rows]
-    return joined(scale * (np.mean(by_set, axis=1) - less), errors, n_items, n_groups)
+    means = [np.mean([item_mean(items) for items in row]) for row in by_seed]
+    return joined(scale * (np.array(means) - baseline), errors, n_items, n_groups)
+
+
+def item_mean(items):
+    return np.mean([value for value, _ in items.values()])
 
 
 def joined(by_seed, errors, n_items, n_groups):
@@ -116,8 +122,10 @@ def over_seeds(numbers, scale=1):
 def gain_over_members(ensemble, members):
     """The Estimate of how much more often an ensemble is right than its members on average, over groups, as
     there is one ensemble. ensemble, members: the values of its run, and of a run for each member."""
-    average = {name: [{item: (np.mean([own[item][0] for own in seeds]), group)
-                       for item, (_, group) in seeds[0].items()}] for name, seeds in members.items()}
+    average = {}
+    for name, seeds in members.items():
+        average[name] = [{item: (np.mean([items[item][0] for items in seeds]), group)
+                          for item, (_, group) in seeds[0].items()}]
     return mean(minus(ensemble, average))
 
 
@@ -191,11 +199,11 @@ def games_by_context(games):
 def beyond_rulers(runs):
     """The Estimate of how much more often preference models are right than the better one of "longer wins"
     and "shorter wins" on the same comparisons."""
-    found = [run.figures for run in runs]
-    ruler = max(("longer_wins", "shorter_wins"), key=lambda name: sum(own[name] for own in found))
-    gains = [100 * (own["accuracy"] - own[ruler]) for own in found]
-    errors = [100 * math.hypot(own["accuracy_se"], own[f"{ruler}_se"]) for own in found]
-    return joined(gains, [np.mean(errors)], found[0]["n"], found[0]["groups"])
+    figures = [run.figures for run in runs]
+    ruler = max(("longer_wins", "shorter_wins"), key=lambda name: sum(seed[name] for seed in figures))
+    gains = [100 * (seed["accuracy"] - seed[ruler]) for seed in figures]
+    errors = [100 * math.hypot(seed["accuracy_se"], seed[f"{ruler}_se"]) for seed in figures]
+    return joined(gains, [np.mean(errors)], figures[0]["n"], figures[0]["groups"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,18 +248,20 @@ def not_above(what, estimate, unit="points", within=3.0):
 SIGNS = {">": above, "=": equal, "<=": not_above}
 
 
-def compared(sentence, found, chance=0.5, prefix="", **options):
+def compared(sentence, arms, chance=0.5, prefix="", **options):
     """The Findings on a sentence about {arm: values}, such as "distilled = prompted", "prompted > plain",
     "small <= large" or "prompted > chance": on the mean of the sets and, where there are several, on each of
     them."""
     first, sign, second = re.split(" (>|=|<=) ", sentence)
-    gains, less = (found[first], chance) if second == "chance" else (minus(found[first], found[second]), 0.0)
+    gains, baseline = arms[first], chance
+    if second != "chance":
+        gains, baseline = minus(arms[first], arms[second]), 0.0
     scale, n = 100 if options.get("unit", "points") == "points" else 1, len(gains)
     parts = {f", mean of {n} sets" if n > 1 else "": gains}
     if n > 1:
-        parts |= {f", {name}": {name: own} for name, own in gains.items()}
-    return [SIGNS[sign](f"{prefix}{first} minus {second}{what}", mean(own, scale, less), **options)
-            for what, own in parts.items()]
+        parts |= {f", {name}": {name: seeds} for name, seeds in gains.items()}
+    return [SIGNS[sign](f"{prefix}{first} minus {second}{name}", mean(part, scale, baseline), **options)
+            for name, part in parts.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,42 +292,41 @@ class Outcome:
         return "holds" if verdicts == {"holds"} else "cannot tell"
 
 
-def outcome(found, figure, parts, premises=(), beside=(), **options):
+def outcome(arms, figure, parts, premises=(), beside=(), **options):
     """The Outcome of sentences about {arm: values}, see `compared`; a Finding may stand in a sentence's
     place.
 
     Findings on single sets stand beside it. But if arms are said to be equal each set is a part, as a mean
     of opposite differences would be 0 too."""
-    told = Outcome([], [], [], figure)
-    for sentences, findings in ((parts, told.parts), (premises, told.premises), (beside, told.beside)):
+    result = Outcome([], [], [], figure)
+    for sentences, findings in ((parts, result.parts), (premises, result.premises), (beside, result.beside)):
         for sentence in sentences:
             if isinstance(sentence, Finding):
                 findings.append(sentence)
                 continue
-            main, *sets = compared(sentence, found, **options)
+            main, *sets = compared(sentence, arms, **options)
             findings.append(main)
-            (findings if main.within else told.beside).extend(sets)
-    return told
+            (findings if main.within else result.beside).extend(sets)
+    return result
 
 
-def at_size(found, size):
+def at_size(arms, size):
     """{arm: its part at this size} of {arm: {size: …}}."""
-    return {name: by_size[size] for name, by_size in found.items()}
+    return {name: by_size[size] for name, by_size in arms.items()}
 
 
-def growing(found, figure, sentence, premises):
+def growing(arms, figure, sentence, premises):
     """The Outcome of a sentence "first > second" about {arm: {size: values}}, the smallest size first: it
     holds if that is so at the largest size, and more so than at the smallest."""
-    first, second = (found[name] for name in sentence.split(" > "))
+    first, second = (arms[name] for name in sentence.split(" > "))
     *others, large = first
-    told = outcome(at_size(found, large), figure, [sentence], premises, prefix=f"{size_label(large)}: ")
+    result = outcome(at_size(arms, large), figure, [sentence], premises, prefix=f"{size_label(large)}: ")
     for size in others:
-        told.beside += compared(sentence, at_size(found, size), prefix=f"{size_label(size)}: ")
+        result.beside += compared(sentence, at_size(arms, size), prefix=f"{size_label(size)}: ")
     if others:
-        gains = minus(first, second)
-        more = mean(minus(gains[large], gains[others[0]]))
-        what = f"{size_label(large)}: the same, more than at {size_label(others[0])} by"
-        told.parts.append(above(what, more))
+        gains, small = minus(first, second), others[0]
+        what = f"{size_label(large)}: the same, more than at {size_label(small)} by"
+        result.parts.append(above(what, mean(minus(gains[large], gains[small]))))
     else:
-        told.untested = "that it is more for larger models, as there is one size"
-    return told
+        result.untested = "that it is more for larger models, as there is one size"
+    return result

@@ -30,49 +30,49 @@ def uses_context(lab, arms):
     """The premise that preference models of the main size have learned something: they need the context."""
     runs = arms["preference model"][lab.size]
     alone = values(runs, lambda run: pairs_right(run, "no_context"))
-    found = {"preference model": values(runs), "the same without context": alone}
-    return compared("preference model > the same without context", found,
+    return compared("preference model > the same without context",
+                    {"preference model": values(runs), "the same without context": alone},
                     prefix=f"{size_label(lab.size)}: ")[0]
 
 
-def tell_kinds(lab, arms, sentence, told, findings):
-    """Where kinds of questions are known, add the findings of a sentence on each of them, and a panel."""
-    kinds, found = lab.kinds(), {}
+def add_kinds(lab, arms, sentence, result, findings):
+    """Where kinds of questions are known, add the Findings of a sentence on each of them, and a panel."""
+    kinds, by_kind = lab.kinds(), {}
     if not kinds:
-        return told
+        return result
 
     def only(kind, items):
         return {item: value for item, value in items.items() if kinds.get(value[1]) == kind}
-    for name, arm in at_size(values(arms), lab.size).items():
-        (seeds,) = arm.values()
-        found[name] = {kind: [only(kind, items) for items in seeds] for kind in sorted({*kinds.values()})}
-    findings += compared(sentence, found, prefix=f"{size_label(lab.size)}: ")[1:]
-    panel = value_panel(found, RIGHT, 50)
-    told.figure = {"all kinds": told.figure[""], f"each kind, {size_label(lab.size)}": panel}
-    return told
+    for name, sets in at_size(values(arms), lab.size).items():
+        (seeds,) = sets.values()
+        by_kind[name] = {kind: [only(kind, items) for items in seeds] for kind in sorted({*kinds.values()})}
+    findings += compared(sentence, by_kind, prefix=f"{size_label(lab.size)}: ")[1:]
+    panel = value_panel(by_kind, RIGHT, 50)
+    result.figure = {"all kinds": result.figure[""], f"each kind, {size_label(lab.size)}": panel}
+    return result
 
 
 def ranked_beats_imitation(lab):
-    """Section 3.2: on ranked data a preference model is right more often than imitation, and the more the
+    """Section 3.2: on ranked data a preference model is right more often than imitation, and the more so the
     larger the model."""
     arms = against_imitation(lab, lab.ranked)
     yield arms
     sentence = "preference model > imitation"
-    told = growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50, RULERS), sentence,
-                   premises=[uses_context(lab, arms)])
-    return tell_kinds(lab, arms, sentence, told, told.beside)
+    result = growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50, RULERS), sentence,
+                     premises=[uses_context(lab, arms)])
+    return add_kinds(lab, arms, sentence, result, result.beside)
 
 
 def binary_equals_imitation(lab):
     """Section 3.3: on binary data a preference model is right about as often as imitation."""
     arms = against_imitation(lab, lab.binary)
     yield arms
-    sentence, found = "preference model = imitation", values(arms)
-    told = outcome(at_size(found, lab.size), size_panels(arms, "accuracy", RIGHT, 50, RULERS), [sentence],
-                   premises=[uses_context(lab, arms)], prefix=f"{size_label(lab.size)}: ")
+    sentence, right = "preference model = imitation", values(arms)
+    result = outcome(at_size(right, lab.size), size_panels(arms, "accuracy", RIGHT, 50, RULERS), [sentence],
+                     premises=[uses_context(lab, arms)], prefix=f"{size_label(lab.size)}: ")
     for size in lab.sizes[:-1]:
-        told.beside += compared(sentence, at_size(found, size), prefix=f"{size_label(size)}: ")
-    return tell_kinds(lab, arms, sentence, told, told.parts)
+        result.beside += compared(sentence, at_size(right, size), prefix=f"{size_label(size)}: ")
+    return add_kinds(lab, arms, sentence, result, result.parts)
 
 
 def calibration(lab):
@@ -104,13 +104,13 @@ def accuracy_at_k(lab):
     def by(arm, key):
         return values(arm, lambda run: {
             item["where"]: (right(item, key), item["group"]) for item in run.items()})
-    found = {"best by a preference model": by(ranked, "reward"), "best by imitation": by(imitation, "mean"),
-             "a random one": by(ranked, None)}
+    chosen = {"best by a preference model": by(ranked, "reward"), "best by imitation": by(imitation, "mean"),
+              "a random one": by(ranked, None)}
     ks = [k for k in lab.ks if f"accuracy@{k}_reward" in ranked[""][0].figures]
     series = {name: {k: mean_of(arm, f"accuracy@{k}_{key}") for k in ks} for name, arm, key in (
         ("best by a preference model", ranked, "reward"), ("best by imitation", imitation, "mean_log-prob"),
         ("a random one", ranked, "chance"), ("best possible", ranked, "best_possible"))}
-    return outcome(found, {"": points(series, "chosen samples right, %", along="k, samples to choose from")},
+    return outcome(chosen, {"": points(series, "chosen samples right, %", along="k, samples to choose from")},
                    ["best by a preference model > best by imitation"],
                    premises=["best by a preference model > a random one"])
 
@@ -123,7 +123,8 @@ def ensembles(lab):
     lm, lab = lab.lm(), lab.changed(world=0)  # the members judge the same comparisons; their seeds differ
     models = lab.arm(lambda one, name: one.pm(name, init=lm), lab.ranked)
     single = lab.arm(lambda one, name: one.accuracy(one.pm(name, init=lm), name, no_context=True), lab.ranked)
-    together = {name: [lab.accuracy(own[0], name, "--ensemble", *own[1:])] for name, own in models.items()}
+    together = {name: [lab.accuracy(first, name, "--ensemble", *others)]
+                for name, (first, *others) in models.items()}
     yield single, together
 
     def gain(key):
@@ -143,8 +144,8 @@ def scaling(lab):
     models, ranked = lab.by_size(lambda one: one.lm()), ranked_models(lab, lab.ranked)
     yield models, ranked
     loss = {size: np.array([run.figures["loss"] for run in arm[""]]) for size, arm in models.items()}
-    panel = points({"": {size_label(size): spread(own) for size, own in loss.items()}}, "loss, nats a token")
-    panels = {"language model": panel, **size_panels({"preference model": ranked}, "accuracy", RIGHT, 50)}
+    series = {size_label(size): spread(seeds) for size, seeds in loss.items()}
+    panels = {"language model": points({"": series}, "loss, nats a token"), **size_panels({"preference model": ranked}, "accuracy", RIGHT, 50)}
     lower = over_seeds(loss[small] - loss[large])
     small, large = size_label(small), size_label(large)
     return outcome({size_label(size): values(arm) for size, arm in ranked.items()}, panels,

@@ -22,8 +22,8 @@ def own_accuracy(models):
 
 
 def pmp_sample_efficiency(lab):
-    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons, and the more the larger
-    the model."""
+    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons, and the more so the
+    larger the model."""
     arms = {"without": lab.by_size(lambda one, name: one.transfer(name), lab.targets),
             "pre-trained": lab.by_size(lambda one, name: one.transfer(name, one.pre_trained()), lab.targets)}
     yield arms
@@ -41,14 +41,14 @@ def pmp_curve(lab):
                 for n in lab.amounts}
     arms = {"without": curve(lambda one: None), "pre-trained": curve(lambda one: one.pre_trained())}
     yield arms
-    found, few, most = values(arms), lab.few, lab.amounts[-1]
-    gains = minus(found["pre-trained"], found["without"])
+    right, few, most = values(arms), lab.few, lab.amounts[-1]
+    gains = minus(right["pre-trained"], right["without"])
     findings = {n: above(f"at {n:,}: pre-trained minus without", mean(gains[n])) for n in lab.amounts}
     more = above(f"at {few}: more than at {most:,} by", mean(minus(gains[few], gains[most])))
     series = {name: {f"{n:,}": mean_of(arm, "accuracy") for n, arm in curve.items()}
               for name, curve in arms.items()}
     return outcome(
-        at_size(found, most), {"": points(series, RIGHT, 50, along="comparisons of finetuning")},
+        at_size(right, most), {"": points(series, RIGHT, 50, along="comparisons of finetuning")},
         [findings.pop(few), more], premises=["pre-trained > chance"], beside=findings.values(),
         prefix=f"at {most:,}: ")
 
@@ -120,9 +120,9 @@ def human_vs_model_pairs(lab):
     arms = {"none": transferred(lab), "human-human": transferred(lab, on_human_written),
             "human-model": transferred(lab, on_model_written)}
     yield arms
-    found = values(arms)
-    better = max(("human-human", "human-model"), key=lambda name: mean(found[name]).effect)
-    return outcome(found, arm_panel(arms, "accuracy", RIGHT, 50), ["human-model > human-human"],
+    right = values(arms)
+    better = max(("human-human", "human-model"), key=lambda name: mean(right[name]).effect)
+    return outcome(right, arm_panel(arms, "accuracy", RIGHT, 50), ["human-model > human-human"],
                    premises=[f"{better} > none"])
 
 
@@ -153,10 +153,10 @@ def synthetic_transfer(lab):
             "binarised": lab.arm(lambda one, order: transfer(one, order, "--init", binarised(one)), orders)}
     models = lab.arm(binarised)[""]
     yield arms, models
-    found = {f"{order}: {name}": {"": own}
-             for name, arm in values(arms).items() for order, own in arm.items()}
+    right = {f"{order}: {name}": {"": seeds}
+             for name, arm in values(arms).items() for order, seeds in arm.items()}
     changed = ("reversed", "shuffled")
     return outcome(
-        found, arm_panel(arms, "accuracy", "right after 200 pairs, %", 50),
+        right, arm_panel(arms, "accuracy", "right after 200 pairs, %", 50),
         [f"{order}: {better} > {order}: ranked" for better in ("none", "binarised") for order in changed],
         premises=[own_accuracy(models)], beside=["same: binarised > same: ranked"])

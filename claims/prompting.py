@@ -2,7 +2,8 @@
 
 A claim is a function of a scale (scales.py). It yields the runs that it needs, and when these are done it
 returns an Outcome. The first paragraph of its docstring names the paper's section and says what the paper
-found. """
+found.
+"""
 import numpy as np
 
 from claims.figures import arm_panel, mean_of, points, size_panels, spread
@@ -17,7 +18,7 @@ HHH = "HHH answers right, %"
 
 def prompt_helps(lab):
     """Section 2.2: a prompt of helpful, honest and harmless conversations improves a language model's choice
-    of answers, and the more the larger the model."""
+    of answers, and the more so the larger the model."""
     arms = {"plain": lab.by_size(lambda one: one.hhh(one.lm())),
             "prompted": lab.by_size(lambda one: one.hhh(one.lm(), prompted=True))}
     yield arms
@@ -26,13 +27,13 @@ def prompt_helps(lab):
     panels = {"all": size_panels(arms, "accuracy_mean", HHH, 50)[""]}
     for name in categories:
         panels[name] = size_panels(arms, f"accuracy_mean_{name}", HHH, 50)[""]
-    told = growing(values(arms, choice_right("mean")), panels, "prompted > plain", ["prompted > chance"])
+    result = growing(values(arms, choice_right("mean")), panels, "prompted > plain", ["prompted > chance"])
     for name in categories:
-        found = values(main, choice_right("mean", name))
-        told.beside += compared("prompted > plain", found, prefix=f"{size_label(lab.size)}, {name}: ")
-    found = values(main, choice_right("mi"))
-    told.beside += compared("prompted > plain", found, prefix="by mutual information: ")
-    return told
+        result.beside += compared("prompted > plain", values(main, choice_right("mean", name)),
+                                  prefix=f"{size_label(lab.size)}, {name}: ")
+    result.beside += compared("prompted > plain", values(main, choice_right("mi")),
+                              prefix=f"{size_label(lab.size)}, by mutual information: ")
+    return result
 
 
 def distilled_equals_prompted(lab):
@@ -80,7 +81,7 @@ def elo_ranks(lab):
     judges = lab.arm(lambda one: one.accuracy(one.pm(one.judged), one.judged, no_context=True))[""]
     yield games, judges
     better, players = ("prompted", "distilled"), [run.figures["players"] for run in games]
-    elo = {name: spread([own[name]["elo"] - own["plain"]["elo"] for own in players]) for name in better}
+    elo = {name: spread([seed[name]["elo"] - seed["plain"]["elo"] for seed in players]) for name in better}
     return outcome(
         {}, {"": points({"": elo}, "Elo above plain", chance=0, lines=False)},
         [above(f"{name} minus plain", elo_difference(games, name, "plain"), "Elo") for name in better],
@@ -92,12 +93,12 @@ def truthfulqa_needs_mutual_information(lab):
     log-prob."""
     runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
     yield runs
-    found, series, chance = {}, {}, runs[lab.size][""][0].figures["chance"]["MC1"]
+    by_rule, series, chance = {}, {}, runs[lab.size][""][0].figures["chance"]["MC1"]
     for name, rule in (("sum log-prob", "sum"), ("mean log-prob", "mean"), ("mutual information", "mi")):
-        found[name] = values(runs[lab.size], choice_right(rule, hit=choices.first_choice))
+        by_rule[name] = values(runs[lab.size], choice_right(rule, hit=choices.first_choice))
         series[name] = {size_label(size): mean_of(arm, f"MC1_{rule}") for size, arm in runs.items()}
     return outcome(
-        found, {"": points(series, "TruthfulQA, MC1, %", 100 * chance)},
+        by_rule, {"": points(series, "TruthfulQA, MC1, %", 100 * chance)},
         ["mutual information > sum log-prob"], ["mutual information > chance"],
         prefix=f"{size_label(lab.size)}: ", chance=chance)
 
@@ -118,28 +119,27 @@ def prior_not_finetuning(lab):
 
     def margin(run):
         return {"": (np.subtract(*run.items()[0]["mean"]), "")}
-    found, unit = values(arms, margin), "nats a token"
-    panel = {name: spread([own[""][0] for own in arm[""]]) for name, arm in found.items()}
+    margins, unit = values(arms, margin), "nats a token"
+    panel = {name: spread([items[""][0] for items in arm[""]]) for name, arm in margins.items()}
+    expects_64 = above("prompted: 64 rather than 1", mean(margins["prompted"], scale=1), unit)
     return outcome(
-        found, {"": points({"": panel}, "log P(64, …) - log P(1, …)", chance=0, lines=False)},
-        [above("prompted: 64 rather than 1", mean(found["prompted"], scale=1), unit), "untouched > finetuned",
-         "prompted > finetuned"], premises=["prompted > untouched"], unit=unit)
+        margins, {"": points({"": panel}, "log P(64, …) - log P(1, …)", chance=0, lines=False)},
+        [expects_64, "untouched > finetuned", "prompted > finetuned"], ["prompted > untouched"], unit=unit)
 
 
-def tax(found, figure, learned, **margin):
+def tax(arms, figure, learned, unit="points", within=3.0):
     """The Outcome of a claim that a prompt costs the smallest model something and the largest nothing, of
     {arm: {size: values}}. learned: the premise that the largest has something to lose."""
-    *others, large = found["plain"]
-    small = (others + [large])[0]
-    unit = {key: value for key, value in margin.items() if key == "unit"}
-    told = outcome(at_size(found, small), figure, ["plain > prompted"], [learned],
-                   prefix=f"{size_label(small)}: ", **unit)
+    *others, large = arms["plain"]
+    small = [*others, large][0]
+    result = outcome(at_size(arms, small), figure, ["plain > prompted"], [learned],
+                     prefix=f"{size_label(small)}: ", unit=unit)
     if others:
-        told.parts += compared("plain <= prompted", at_size(found, large),
-                               prefix=f"{size_label(large)}: ", **margin)
+        result.parts += compared("plain <= prompted", at_size(arms, large),
+                                 prefix=f"{size_label(large)}: ", unit=unit, within=within)
     else:
-        told.untested = "that larger models lose nothing, as there is one size"
-    return told
+        result.untested = "that larger models lose nothing, as there is one size"
+    return result
 
 
 def alignment_tax(lab):
@@ -155,11 +155,11 @@ def alignment_tax(lab):
     learned = above(f"{size_label(lab.size)}: last words told right", mean(right["plain"][lab.size]))
     panels = {"accuracy": size_panels(arms, "accuracy", "last words told right, %")[""],
               "log-prob": size_panels(arms, "log_prob", "nats a word", scale=1)[""]}
-    told = tax(values(arms, score("log_prob")), panels, learned, unit="nats", within=0.1)
+    result = tax(values(arms, score("log_prob")), panels, learned, unit="nats", within=0.1)
     for size in lab.sizes:
-        told.beside += compared("plain > prompted", at_size(right, size),
-                                prefix=f"{size_label(size)}, right: ")
-    return told
+        result.beside += compared("plain > prompted", at_size(right, size),
+                                  prefix=f"{size_label(size)}, right: ")
+    return result
 
 
 def code_tax(lab):
@@ -174,6 +174,6 @@ def code_tax(lab):
 
     def passed(run):
         return {item["id"]: (item["passed"] / item["n"], item["id"]) for item in run.items()}
-    found = values(arms, passed)
-    return tax(found, size_panels(arms, "pass@1", "MBPP, pass@1, %"),
-               above(f"{size_label(lab.size)}: programs that pass", mean(found["plain"][lab.size])))
+    rates = values(arms, passed)
+    return tax(rates, size_panels(arms, "pass@1", "MBPP, pass@1, %"),
+               above(f"{size_label(lab.size)}: programs that pass", mean(rates["plain"][lab.size])))

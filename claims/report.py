@@ -113,10 +113,12 @@ def introduction(outcomes):
 def verdict_line(outcome):
     """The verdict and what it comes from."""
     missing = [premise.what for premise in outcome.premises if premise.verdict != "holds"]
+    deciding = [part.what for part in outcome.parts if part.verdict == outcome.verdict != "holds"]
+    why = ""
     if missing:
         why = f", as a premise is not given: {'; '.join(missing)}"
-    else:
-        why = "".join(f"; {part.what}: {part.verdict}" for part in outcome.parts if len(outcome.parts) > 1)
+    elif deciding and len(outcome.parts) > 1:
+        why = f", because of {len(deciding)} of {len(outcome.parts)} parts: {'; '.join(deciding)}"
     untested = f" Not tested: {outcome.untested}." if outcome.untested else ""
     return f"Verdict: *{outcome.verdict}*{why}.{untested}"
 

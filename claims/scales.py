@@ -9,6 +9,7 @@ All arms of all claims learn at the paper's rate for preference-model pre-traini
 model's. At a hundredth, the paper's rate for finetuning, a few hundred steps teach small models nothing.
 """
 import copy
+import functools
 import json
 import math
 import subprocess
@@ -31,11 +32,6 @@ CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
 UTILISATION = 0.4  # the part of the peak that training is assumed to reach
 NEVER = 10**6  # --eval_every: no evaluation before the end
-MAKE_WORLD = """import sys
-from data.toy import sources, toy_folder
-toy_folder(int(sys.argv[1]))
-for name in sources.READERS:
-    sources.prepared(name, int(sys.argv[1]))"""
 
 
 def parameters(size, vocabulary=0):
@@ -86,7 +82,7 @@ class Scale:
 
     def seconds(self, tokens, per_token=6):
         """An estimate: learning from a token takes 6 FLOPs a parameter, and reading it 2."""
-        return 4 + per_token * parameters(self.size, self.vocabulary) * tokens / self.flops
+        return 2 + per_token * parameters(self.size, self.vocabulary) * tokens / self.flops
 
     def file(self, name, records):
         """A data file of the lab's own."""
@@ -183,25 +179,29 @@ class Scale:
         return self.evaluate("lambada", model, "--data", data, prompted=prompted, tokens=4e5)
 
 
+@functools.cache
+def make_worlds(seeds, with_sources):
+    """Make the files of toy worlds side by side, as each takes some seconds."""
+    code = "import sys\nfrom data.toy import sources, toy_folder\nseed = int(sys.argv[1])\ntoy_folder(seed)\n"
+    if with_sources:
+        code += "for name in sources.READERS:\n    sources.prepared(name, seed)"
+    for process in [subprocess.Popen([sys.executable, "-c", code, str(seed)], cwd=ROOT) for seed in seeds]:
+        process.wait()
+
+
 class Toy(Scale):
     """The embedded world: every set is one of its files. Each seed is a world of its own, with other facts,
     other pages and other comparisons, so that an interval over seeds is one over worlds. The worlds from 10
     on are for choosing settings, and the lab does not look at them."""
     default_sizes, default_seeds = ("test", "0.8m"), 6
     without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
-    flops, vocabulary, tokens = 8e10, 1500, 60  # as measured with models this small
+    flops, vocabulary, tokens = 1.1e11, 1500, 60  # as measured with models this small
     ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
     sources = {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the paper's proportions
     comparisons, tested, much = 5600, 2400, ()
     amounts, ks = (100, 500, 1500, 5000), (1, 2, 4, 8, 16)
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
-
-    def __init__(self, args):
-        super().__init__(args)
-        command = [sys.executable, "-c", MAKE_WORLD]  # side by side, as a world takes ten seconds
-        for world in [subprocess.Popen([*command, str(seed)], cwd=ROOT) for seed in self.seeds]:
-            world.wait()
 
     @property
     def prompt(self):
@@ -222,6 +222,7 @@ class Toy(Scale):
 
     def data(self, name):
         seed = self.seed if self.world is None else self.world
+        make_worlds(self.seeds, name in self.sources)
         if name in self.sources:
             return toy_sources.prepared(name, seed)
         return toy.toy_folder(seed) / f"{name}.jsonl"
