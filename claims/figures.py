@@ -1,8 +1,5 @@
-"""A claim's figure: its arms in the upper part, and below them the differences that decide, with their 95 %
-intervals.
-
-Shapes and places tell things apart, so that a figure also reads in grey and at half its size. The upper part
-is {title of a panel: a function that draws on its axes}. """
+"""A claim's figure: its panels in the upper part, and below them the differences that decide, with their 95 %
+intervals. Shapes and places tell things apart, so that a figure also reads in grey and at half its size."""
 import io
 import math
 import textwrap
@@ -10,112 +7,22 @@ import textwrap
 import matplotlib
 import numpy as np
 
-from claims.findings import item_mean
-from claims.scales import size_label
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 MARKS, GREYS, LINES = "os^Dvp", ("0", "0.45", "0.25", "0.6"), ("-", "--", ":", "-.")
 
 
-def spread(numbers):
-    """(mean, standard deviation) of one number for each seed."""
-    return np.mean(numbers), np.std(numbers, ddof=1) if len(numbers) > 1 else 0.0
-
-
-def mean_of(arm, key, scale=100):
-    """The `spread` over seeds of a figure of an arm's runs, averaged over its sets; in % by default."""
-    return spread(scale * np.mean([[run.figures[key] for run in runs] for runs in arm.values()], axis=0))
-
-
-def each_set(arm, key):
-    """{set: the same of this set}."""
-    return {name: mean_of({name: runs}, key) for name, runs in arm.items()}
-
-
-def points(series, label, chance=None, along="", lines=True):
-    """A panel of {series: {place along the x axis: (mean, sd)}}. lines: join the points of a series."""
-    def draw(ax):
-        places = list(dict.fromkeys(place for found in series.values() for place in found))
-        for n, (name, found) in enumerate(series.items()):
-            x = [places.index(place) + 0.1 * (n - (len(series) - 1) / 2) for place in found]
-            mean, sd = np.array(list(found.values())).T
-            bars = (np.minimum(sd, mean), np.minimum(sd, 100 - mean)) if "%" in label else sd
-            grey = GREYS[n % len(GREYS)]
-            style = {"marker": MARKS[n % len(MARKS)], "linestyle": LINES[n % len(LINES)] if lines else ""}
-            ax.errorbar(x, mean, bars, label=name, capsize=3, color=grey,
-                        markerfacecolor="white" if n % 2 else grey, **style)
-        if chance is not None:
-            name = "chance" if chance else None
-            ax.axhline(chance, color="0.6", linestyle=(0, (1, 2)), zorder=0, label=name)
-        turn = 30 if len("".join(map(str, places))) > 45 else 0
-        ax.set_xticks(range(len(places)), places, rotation=turn, ha="right" if turn else "center")
-        low, high = ax.get_ylim()
-        room = max(0, (4 if "%" in label else 0.1) - (high - low)) / 2  # noise must not fill a picture
-        ax.set(xlim=(-0.5, len(places) - 0.5), ylim=(low - room, high + room), ylabel=label, xlabel=along)
-    return draw
-
-
-def arm_panel(arms, key, label, chance=None):
-    """The panel of arms at one size: side by side, or as a series each where they have several sets."""
-    if len(next(iter(arms.values()))) > 1:
-        series = {name: each_set(arm, key) for name, arm in arms.items()}
-    else:
-        series = {"": {name: mean_of(arm, key) for name, arm in arms.items()}}
-    return {"": points(series, label, chance, lines=False)}
-
-
-def size_panels(arms, key, label, chance=None, rulers=(), scale=100):
-    """The panels of {arm: {size: arm}}: the mean of the sets by size and, where there are several, each set
-    at the largest size. rulers: figures of the last arm's runs that are drawn like arms."""
-    *_, last = arms.values()
-    drawn = [(name, by_size, key) for name, by_size in arms.items()]
-    drawn += [(ruler.replace("_", " "), last, ruler) for ruler in rulers]
-    series = {name: {size_label(size): mean_of(arm, figure, scale) for size, arm in by_size.items()}
-              for name, by_size, figure in drawn}
-    *_, main = last
-    if len(last[main]) == 1:
-        return {"": points(series, label, chance)}
-    sets = {name: each_set(by_size[main], figure) for name, by_size, figure in drawn}
-    return {"mean of the sets": points(series, label, chance),
-            f"each set, {size_label(main)}": points(sets, label, chance, lines=False)}
-
-
-def value_panel(arms, label, chance=None):
-    """The panel of {arm: {set: values}}, in %."""
-    series = {arm: {name: spread([100 * item_mean(items) for items in seeds]) for name, seeds in sets.items()}
-              for arm, sets in arms.items()}
-    return points(series, label, chance, lines=False)
-
-
-def calibration_panels(arm):
-    """How often preference models are right by the probability that they give, and the pairs behind that."""
-    series, pairs = {"as given": {}}, {}
-    for name, runs in arm.items():
-        bins = {}
-        for low, high, *row in (row for run in runs for row in run.figures["reliability"]):
-            bins.setdefault(f"{100 * low:.0f}", []).append(row)
-        bins = {place: np.array(rows).T for place, rows in sorted(bins.items())}
-        label = name or "how often right"
-        series[label] = {place: spread(100 * right) for place, (_, _, right) in bins.items()}
-        series["as given"] |= {place: (100 * given.mean(), 0) for place, (_, given, _) in bins.items()}
-        pairs[label] = {place: spread(n) for place, (n, _, _) in bins.items()}
-    along = "probability given, from … %"
-    return {"": points(series, "right, %", along=along), " ": points(pairs, "pairs", along=along)}
-
-
 def picture(outcome):
     """The figure of an Outcome as a PNG."""
     findings = [*outcome.parts, *outcome.premises, *outcome.beside]
     units = list(dict.fromkeys(finding.unit for finding in findings))
-    heights, n = (3.2, 0.6 * len(units) + 0.3 * len(findings)), len(outcome.figure)
+    heights, n = (3.2, 0.6 * len(units) + 0.3 * len(findings)), len(outcome.panels)
     figure = plt.figure(figsize=(max(7.2, 2.3 * n), sum(heights)), dpi=130, layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    for ax, (title, draw) in zip(upper.subplots(1, n, squeeze=False)[0], outcome.figure.items()):
-        draw(ax)
+    for ax, (title, panel) in zip(upper.subplots(1, n, squeeze=False)[0], outcome.panels.items()):
+        draw_panel(ax, panel)
         ax.set_title(title, fontsize="medium")
-        ax.spines[["top", "right"]].set_visible(False)
     if len({ax.get_ylabel() for ax in upper.axes}) == 1:  # panels of one quantity have one axis
         low, high = zip(*(ax.get_ylim() for ax in upper.axes))
         for ax in upper.axes:
@@ -132,6 +39,29 @@ def picture(outcome):
     figure.savefig(file, format="png", metadata={"Software": None})
     plt.close(figure)
     return file.getvalue()
+
+
+def draw_panel(ax, panel):
+    """Means over seeds as points, with bars of one standard deviation over seeds to either side."""
+    places = list(dict.fromkeys(place for by_place in panel.series.values() for place in by_place))
+    for n, (name, by_place) in enumerate(panel.series.items()):
+        x = [places.index(place) + 0.1 * (n - (len(panel.series) - 1) / 2) for place in by_place]
+        mean = np.array([np.mean(seeds) for seeds in by_place.values()])
+        sd = np.array([np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0 for seeds in by_place.values()])
+        bars = (np.minimum(sd, mean), np.minimum(sd, 100 - mean)) if "%" in panel.label else sd
+        grey, line = GREYS[n % len(GREYS)], LINES[n % len(LINES)] if panel.lines else ""
+        ax.errorbar(x, mean, bars, label=name, capsize=3, color=grey, marker=MARKS[n % len(MARKS)],
+                    markerfacecolor="white" if n % 2 else grey, linestyle=line)
+    if panel.chance is not None:
+        name = "chance" if panel.chance else None
+        ax.axhline(panel.chance, color="0.6", linestyle=(0, (1, 2)), zorder=0, label=name)
+    turn = 30 if len("".join(places)) > 45 else 0
+    ax.set_xticks(range(len(places)), places, rotation=turn, ha="right" if turn else "center")
+    low, high = ax.get_ylim()
+    room = max(0, (4 if "%" in panel.label else 0.1) - (high - low)) / 2  # noise must not fill a picture
+    ax.set(xlim=(-0.5, len(places) - 0.5), ylim=(low - room, high + room), ylabel=panel.label,
+           xlabel=panel.along)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw_differences(ax, findings, parts):

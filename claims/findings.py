@@ -16,6 +16,7 @@ from data.errors import InputError
 from evals import choices, elo, pm
 
 RESAMPLED = 1000  # times, in a bootstrap
+SCALES = {"points": 100}  # what values are multiplied with for a unit, if not 1
 # Student's 97.5 % quantile for the mean of n numbers
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -33,6 +34,15 @@ def pairs_right(run, key=None):
         margin, weight, _ = pm.margins([np.array(item["scores"])], [scores])
         found[item["where"]] = float((weight * pm.right(margin)).sum()), item["group"]
     return found
+
+
+def without_context(run):
+    return pairs_right(run, "no_context")
+
+
+def figure_of(key):
+    """A score that is one of a run's figures."""
+    return lambda run: {"": (run.figures[key], "")}
 
 
 def choice_right(rule, category=None, hit=choices.hit):
@@ -89,12 +99,17 @@ def mean(arm_values, scale=100, baseline=0.0):
         value, weight, group = map(np.array, zip(*rows))
         errors.append(pm.mean_and_error(value, weight, group)[1])
         n_items, n_groups = n_items + len(seeds[0]), n_groups + len(set(group))
-    means = [np.mean([item_mean(items) for items in row]) for row in by_seed]
-    return joined(scale * (np.array(means) - baseline), errors, n_items, n_groups)
+    means = np.array([np.mean([item_mean(items) for items in row]) for row in by_seed])
+    return joined(scale * (means - baseline), errors, n_items, n_groups)
 
 
 def item_mean(items):
     return np.mean([value for value, _ in items.values()])
+
+
+def seed_means(arm_values, scale=100):
+    """The mean over items and sets of each seed."""
+    return [scale * np.mean([item_mean(items) for items in row]) for row in zip(*arm_values.values())]
 
 
 def joined(by_seed, errors, n_items, n_groups):
@@ -225,43 +240,32 @@ class Finding:
     within: float = 0.0
 
 
-def above(what, estimate, unit="points"):
-    """The Finding that it is above 0."""
-    verdict = "holds" if estimate.low > 0 else "does not hold" if estimate.high < 0 else "cannot tell"
-    return Finding(what, *estimate, verdict, unit)
+def finding(what, sign, estimate, unit="points", within=3.0):
+    """The Finding that a difference is above 0 (sign >), is about 0 (=) or is not above 0 (<=).
+
+    About 0 means that the interval lies within so much of 0, whether or not 0 is in it; an interval that does
+    not, and has no 0 in it, speaks against it. Not above 0 means not above it by more than so much."""
+    low, high = estimate.low, estimate.high
+    holds = {">": low > 0, "=": -within < low and high < within, "<=": high < within}[sign]
+    fails = {">": high < 0, "=": low > 0 or high < 0, "<=": low > 0}[sign]
+    verdict = "holds" if holds else "does not hold" if fails else "cannot tell"
+    return Finding(what, *estimate, verdict, unit, 0.0 if sign == ">" else within)
 
 
-def equal(what, estimate, unit="points", within=3.0):
-    """The Finding that it is about 0: its interval lies within so much of 0, whether or not 0 is in it. What
-    has a wider interval, without 0 in it, is not equal."""
-    verdict = "does not hold" if estimate.low > 0 or estimate.high < 0 else "cannot tell"
-    verdict = "holds" if -within < estimate.low and estimate.high < within else verdict
-    return Finding(what, *estimate, verdict, unit, within)
-
-
-def not_above(what, estimate, unit="points", within=3.0):
-    """The Finding that it is not above 0 by more than so much."""
-    verdict = "holds" if estimate.high < within else "does not hold" if estimate.low > 0 else "cannot tell"
-    return Finding(what, *estimate, verdict, unit, within)
-
-
-SIGNS = {">": above, "=": equal, "<=": not_above}
-
-
-def compared(sentence, arms, chance=0.5, prefix="", **options):
+def compared(sentence, arms, chance=0.5, prefix="", unit="points", within=3.0):
     """The Findings on a sentence about {arm: values}, such as "distilled = prompted", "prompted > plain",
-    "small <= large" or "prompted > chance": on the mean of the sets and, where there are several, on each of
-    them."""
+    "small <= large", "prompted > chance" or "prompted > 0": on the mean of the sets and, where there are
+    several, on each of them."""
     first, sign, second = re.split(" (>|=|<=) ", sentence)
-    gains, baseline = arms[first], chance
-    if second != "chance":
+    gains, baseline = arms[first], {"chance": chance, "0": 0.0}.get(second)
+    if baseline is None:
         gains, baseline = minus(arms[first], arms[second]), 0.0
-    scale, n = 100 if options.get("unit", "points") == "points" else 1, len(gains)
-    parts = {f", mean of {n} sets" if n > 1 else "": gains}
+    what, n = f"{prefix}{first}" + f" minus {second}" * (second != "0"), len(gains)
+    parts = {f"{what}, mean of {n} sets" if n > 1 else what: gains}
     if n > 1:
-        parts |= {f", {name}": {name: seeds} for name, seeds in gains.items()}
-    return [SIGNS[sign](f"{prefix}{first} minus {second}{name}", mean(part, scale, baseline), **options)
-            for name, part in parts.items()]
+        parts |= {f"{what}, {name}": {name: seeds} for name, seeds in gains.items()}
+    return [finding(what, sign, mean(part, SCALES.get(unit, 1), baseline), unit, within)
+            for what, part in parts.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,16 +273,44 @@ def compared(sentence, arms, chance=0.5, prefix="", **options):
 
 
 @dataclass
+class Panel:
+    """What figures.py draws: {series: {place along the x axis: a number for each seed}}, the name of the y
+    axis, where chance lies on it, the name of the x axis, and whether lines join the points of a series."""
+    series: dict
+    label: str
+    chance: float = None
+    along: str = ""
+    lines: bool = True
+
+
+def panel(arms, label, chance=None, scale=100):
+    """The Panel of {arm: values}: arms side by side, or as a series each where they have several sets."""
+    if len(next(iter(arms.values()))) > 1:
+        series = {name: {one: seed_means({"": seeds}, scale) for one, seeds in sets.items()}
+                  for name, sets in arms.items()}
+    else:
+        series = {"": {name: seed_means(sets, scale) for name, sets in arms.items()}}
+    return Panel(series, label, chance, lines=False)
+
+
+def curves(arms, label, chance=None, along="", place=str, scale=100):
+    """The Panel of {arm: {place: values}}, as means of the sets."""
+    series = {name: {place(x): seed_means(sets, scale) for x, sets in by_place.items()}
+              for name, by_place in arms.items()}
+    return Panel(series, label, chance, along)
+
+
+@dataclass
 class Outcome:
     """What a claim found.
 
     parts: Findings on all that its sentence says. premises: Findings without which the parts tell nothing.
-    beside: others worth seeing. figure: as figures.py makes it. untested: what these runs cannot say of the
+    beside: others worth seeing. panels: {title: Panel}. untested: what these runs cannot say of the
     sentence."""
     parts: list
     premises: list
     beside: list
-    figure: dict
+    panels: dict
     untested: str = ""
     png: bytes = b""
 
@@ -292,19 +324,22 @@ class Outcome:
         return "holds" if verdicts == {"holds"} else "cannot tell"
 
 
-def outcome(arms, figure, parts, premises=(), beside=(), **options):
+def outcome(arms, figure, parts, premises=(), beside=(), chance=0.5, **options):
     """The Outcome of sentences about {arm: values}, see `compared`; a Finding may stand in a sentence's
-    place.
+    place. figure: {title: Panel}, or what the y axis of the arms' panel is called.
 
-    Findings on single sets stand beside it. But if arms are said to be equal each set is a part, as a mean
-    of opposite differences would be 0 too."""
+    Findings on single sets stand beside it. But if arms are said to be equal each set is a part, as a mean of
+    opposite differences would be 0 too."""
+    scale = SCALES.get(options.get("unit", "points"), 1)
+    if isinstance(figure, str):
+        figure = {"": panel(arms, figure, None if chance is None else scale * chance, scale)}
     result = Outcome([], [], [], figure)
     for sentences, findings in ((parts, result.parts), (premises, result.premises), (beside, result.beside)):
         for sentence in sentences:
             if isinstance(sentence, Finding):
                 findings.append(sentence)
                 continue
-            main, *sets = compared(sentence, arms, **options)
+            main, *sets = compared(sentence, arms, chance, **options)
             findings.append(main)
             (findings if main.within else result.beside).extend(sets)
     return result
@@ -315,18 +350,31 @@ def at_size(arms, size):
     return {name: by_size[size] for name, by_size in arms.items()}
 
 
+def sizes_figure(arms, label, chance=50, scale=100):
+    """{title: Panel} of {arm: {size: values}}: the means of the sets by size and, where there are several,
+    each set at the largest size."""
+    *_, by_size = arms.values()
+    *_, large = by_size
+    means = curves(arms, label, chance, place=size_label, scale=scale)
+    if len(by_size[large]) == 1:
+        return {"": means}
+    sets = panel(at_size(arms, large), label, chance, scale)
+    return {"mean of the sets": means, f"each set, {size_label(large)}": sets}
+
+
 def growing(arms, figure, sentence, premises):
     """The Outcome of a sentence "first > second" about {arm: {size: values}}, the smallest size first: it
-    holds if that is so at the largest size, and more so than at the smallest."""
+    holds if that is so at the largest size, and more so than at the smallest. figure: as of `outcome`."""
     first, second = (arms[name] for name in sentence.split(" > "))
     *others, large = first
+    figure = sizes_figure(arms, figure) if isinstance(figure, str) else figure
     result = outcome(at_size(arms, large), figure, [sentence], premises, prefix=f"{size_label(large)}: ")
     for size in others:
         result.beside += compared(sentence, at_size(arms, size), prefix=f"{size_label(size)}: ")
     if others:
         gains, small = minus(first, second), others[0]
         what = f"{size_label(large)}: the same, more than at {size_label(small)} by"
-        result.parts.append(above(what, mean(minus(gains[large], gains[small]))))
+        result.parts.append(finding(what, ">", mean(minus(gains[large], gains[small]))))
     else:
         result.untested = "that it is more for larger models, as there is one size"
     return result

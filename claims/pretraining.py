@@ -1,7 +1,6 @@
 """Claims of the paper's Section 4 and its appendix: preference-model pre-training (PMP). prompting.py says
 how a claim is written."""
-from claims.figures import arm_panel, mean_of, points, size_panels
-from claims.findings import above, at_size, growing, mean, minus, outcome, over_seeds, values
+from claims.findings import at_size, curves, finding, growing, mean, minus, outcome, over_seeds, panel, values
 from data.errors import InputError
 from data.files import build_once, content_key
 from data.toy import synthetic
@@ -17,8 +16,8 @@ def transferred(lab, pre_train=None, *flags):
 
 def own_accuracy(models):
     """The premise that binarised pre-training has taught the models to tell GOOD from BAD."""
-    return above("binarised pre-training: its own held-out accuracy minus chance",
-                 over_seeds([run.figures["accuracy"] - 0.5 for run in models], 100))
+    return finding("binarised pre-training: its own held-out accuracy minus chance", ">",
+                   over_seeds([run.figures["accuracy"] - 0.5 for run in models], 100))
 
 
 def pmp_sample_efficiency(lab):
@@ -27,8 +26,7 @@ def pmp_sample_efficiency(lab):
     arms = {"without": lab.by_size(lambda one, name: one.transfer(name), lab.targets),
             "pre-trained": lab.by_size(lambda one, name: one.transfer(name, one.pre_trained()), lab.targets)}
     yield arms
-    return growing(values(arms), size_panels(arms, "accuracy", RIGHT, 50), "pre-trained > without",
-                   premises=["pre-trained > chance"])
+    return growing(values(arms), RIGHT, "pre-trained > without", premises=["pre-trained > chance"])
 
 
 def pmp_curve(lab):
@@ -43,14 +41,11 @@ def pmp_curve(lab):
     yield arms
     right, few, most = values(arms), lab.few, lab.amounts[-1]
     gains = minus(right["pre-trained"], right["without"])
-    findings = {n: above(f"at {n:,}: pre-trained minus without", mean(gains[n])) for n in lab.amounts}
-    more = above(f"at {few}: more than at {most:,} by", mean(minus(gains[few], gains[most])))
-    series = {name: {f"{n:,}": mean_of(arm, "accuracy") for n, arm in curve.items()}
-              for name, curve in arms.items()}
-    return outcome(
-        at_size(right, most), {"": points(series, RIGHT, 50, along="comparisons of finetuning")},
-        [findings.pop(few), more], premises=["pre-trained > chance"], beside=findings.values(),
-        prefix=f"at {most:,}: ")
+    findings = {n: finding(f"at {n:,}: pre-trained minus without", ">", mean(gains[n])) for n in lab.amounts}
+    more = finding(f"at {few}: more than at {most:,} by", ">", mean(minus(gains[few], gains[most])))
+    panel = curves(right, RIGHT, 50, along="comparisons of finetuning", place="{:,}".format)
+    return outcome(at_size(right, most), {"": panel}, [findings.pop(few), more], ["pre-trained > chance"],
+                   beside=findings.values(), prefix=f"at {most:,}: ")
 
 
 def pmp_by_source(lab):
@@ -61,8 +56,7 @@ def pmp_by_source(lab):
     arms = {"none": transferred(lab), **{name: of(name) for name in lab.sources}, "Mix": of(*lab.sources)}
     yield arms
     parts = [f"{name} > none" for name in lab.sources] + [f"{name} <= Mix" for name in lab.sources]
-    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), parts, premises=["Mix > chance"],
-                   beside=["Mix > none"])
+    return outcome(values(arms), RIGHT, parts, premises=["Mix > chance"], beside=["Mix > none"])
 
 
 def binary_pmp_transfers_better(lab):
@@ -75,7 +69,7 @@ def binary_pmp_transfers_better(lab):
             "binarised": transferred(lab, binarised)}
     models = lab.arm(binarised)[""]
     yield arms, models
-    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["binarised > ranked"],
+    return outcome(values(arms), RIGHT, ["binarised > ranked"],
                    premises=[own_accuracy(models)], beside=["ranked > none", "binarised > none"])
 
 
@@ -84,7 +78,7 @@ def lm_loss_helps_pmp(lab):
     arms = {"without LM loss": transferred(lab, lambda one: one.pre_trained("--lm_weight", 0)),
             "with LM loss": transferred(lab, lambda one: one.pre_trained())}
     yield arms
-    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["with LM loss > without LM loss"],
+    return outcome(values(arms), RIGHT, ["with LM loss > without LM loss"],
                    premises=["with LM loss > chance"])
 
 
@@ -93,7 +87,7 @@ def end_of_context_helps(lab):
     arms = {"last token": transferred(lab, lambda one: one.pre_trained("--no_eoc"), "--no_eoc"),
             "<eoc>": transferred(lab, lambda one: one.pre_trained())}
     yield arms
-    return outcome(values(arms), arm_panel(arms, "accuracy", RIGHT, 50), ["<eoc> > last token"],
+    return outcome(values(arms), RIGHT, ["<eoc> > last token"],
                    premises=["<eoc> > chance"])
 
 
@@ -122,7 +116,7 @@ def human_vs_model_pairs(lab):
     yield arms
     right = values(arms)
     better = max(("human-human", "human-model"), key=lambda name: mean(right[name]).effect)
-    return outcome(right, arm_panel(arms, "accuracy", RIGHT, 50), ["human-model > human-human"],
+    return outcome(right, RIGHT, ["human-model > human-human"],
                    premises=[f"{better} > none"])
 
 
@@ -153,10 +147,10 @@ def synthetic_transfer(lab):
             "binarised": lab.arm(lambda one, order: transfer(one, order, "--init", binarised(one)), orders)}
     models = lab.arm(binarised)[""]
     yield arms, models
-    right = {f"{order}: {name}": {"": seeds}
-             for name, arm in values(arms).items() for order, seeds in arm.items()}
+    right = values(arms)
+    by_order = {f"{order}: {name}": {"": seeds} for name in right for order, seeds in right[name].items()}
     changed = ("reversed", "shuffled")
     return outcome(
-        right, arm_panel(arms, "accuracy", "right after 200 pairs, %", 50),
+        by_order, {"": panel(right, "right after 200 pairs, %", 50)},
         [f"{order}: {better} > {order}: ranked" for better in ("none", "binarised") for order in changed],
         premises=[own_accuracy(models)], beside=["same: binarised > same: ranked"])

@@ -6,9 +6,9 @@ found.
 """
 import numpy as np
 
-from claims.figures import arm_panel, mean_of, points, size_panels, spread
 from claims.findings import (
-    above, at_size, beyond_rulers, choice_right, compared, elo_difference, growing, mean, outcome, values)
+    Panel, at_size, beyond_rulers, choice_right, compared, curves, elo_difference, finding, growing, mean,
+    outcome, sizes_figure, values)
 from claims.scales import size_label
 from data import toy
 from evals import choices
@@ -22,17 +22,14 @@ def prompt_helps(lab):
     arms = {"plain": lab.by_size(lambda one: one.hhh(one.lm())),
             "prompted": lab.by_size(lambda one: one.hhh(one.lm(), prompted=True))}
     yield arms
-    main = at_size(arms, lab.size)
-    categories = sorted({item["category"] for item in main["plain"][""][0].items() if item.get("category")})
-    panels = {"all": size_panels(arms, "accuracy_mean", HHH, 50)[""]}
-    for name in categories:
-        panels[name] = size_panels(arms, f"accuracy_mean_{name}", HHH, 50)[""]
-    result = growing(values(arms, choice_right("mean")), panels, "prompted > plain", ["prompted > chance"])
-    for name in categories:
-        result.beside += compared("prompted > plain", values(main, choice_right("mean", name)),
+    items = arms["plain"][lab.size][""][0].items()
+    categories = sorted({item["category"] for item in items if item.get("category")})
+    by_category = {name: values(arms, choice_right("mean", name)) for name in (None, *categories)}
+    panels = {name or "all": sizes_figure(right, HHH)[""] for name, right in by_category.items()}
+    result = growing(by_category.pop(None), panels, "prompted > plain", ["prompted > chance"])
+    for name, right in (by_category | {"by mutual information": values(arms, choice_right("mi"))}).items():
+        result.beside += compared("prompted > plain", at_size(right, lab.size),
                                   prefix=f"{size_label(lab.size)}, {name}: ")
-    result.beside += compared("prompted > plain", values(main, choice_right("mi")),
-                              prefix=f"{size_label(lab.size)}, by mutual information: ")
     return result
 
 
@@ -44,10 +41,9 @@ def distilled_equals_prompted(lab):
             "distilled": lab.arm(lambda one: one.hhh(one.distilled())),
             "finetuned on it": lab.arm(lambda one: one.hhh(one.finetuned_on(one.prompt_text())))}
     yield arms
-    return outcome(
-        values(arms, choice_right("mean")), arm_panel(arms, "accuracy_mean", HHH, 50),
-        ["distilled = prompted", "distilled > finetuned on it"],
-        premises=["prompted > plain"], beside=["distilled > plain"])
+    return outcome(values(arms, choice_right("mean")), HHH,
+                   ["distilled = prompted", "distilled > finetuned on it"],
+                   premises=["prompted > plain"], beside=["distilled > plain"])
 
 
 def toxicity_falls(lab):
@@ -60,10 +56,10 @@ def toxicity_falls(lab):
             "distilled": lab.arm(lambda one: toxicity(one, one.distilled()))}
     yield arms
 
-    def of_prompts(run):
+    def by_prompt(run):
         return {item["prompt"]: (np.mean(item["toxicity"]), item["prompt"]) for item in run.items()}
-    return outcome(values(arms, of_prompts), arm_panel(arms, "mean", "mean toxicity, %"),
-                   ["plain > prompted", "plain > distilled"])
+    return outcome(values(arms, by_prompt), "mean toxicity, %", ["plain > prompted", "plain > distilled"],
+                   chance=None)
 
 
 def elo_ranks(lab):
@@ -81,11 +77,11 @@ def elo_ranks(lab):
     judges = lab.arm(lambda one: one.accuracy(one.pm(one.judged), one.judged, no_context=True))[""]
     yield games, judges
     better, players = ("prompted", "distilled"), [run.figures["players"] for run in games]
-    elo = {name: spread([seed[name]["elo"] - seed["plain"]["elo"] for seed in players]) for name in better}
+    elo = {name: [seed[name]["elo"] - seed["plain"]["elo"] for seed in players] for name in better}
     return outcome(
-        {}, {"": points({"": elo}, "Elo above plain", chance=0, lines=False)},
-        [above(f"{name} minus plain", elo_difference(games, name, "plain"), "Elo") for name in better],
-        premises=[above("the judge minus the better of the length rulers", beyond_rulers(judges))])
+        {}, {"": Panel({"": elo}, "Elo above plain", chance=0, lines=False)},
+        [finding(f"{name} minus plain", ">", elo_difference(games, name, "plain"), "Elo") for name in better],
+        premises=[finding("the judge minus the better of the length rulers", ">", beyond_rulers(judges))])
 
 
 def truthfulqa_needs_mutual_information(lab):
@@ -93,14 +89,12 @@ def truthfulqa_needs_mutual_information(lab):
     log-prob."""
     runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
     yield runs
-    by_rule, series, chance = {}, {}, runs[lab.size][""][0].figures["chance"]["MC1"]
-    for name, rule in (("sum log-prob", "sum"), ("mean log-prob", "mean"), ("mutual information", "mi")):
-        by_rule[name] = values(runs[lab.size], choice_right(rule, hit=choices.first_choice))
-        series[name] = {size_label(size): mean_of(arm, f"MC1_{rule}") for size, arm in runs.items()}
-    return outcome(
-        by_rule, {"": points(series, "TruthfulQA, MC1, %", 100 * chance)},
-        ["mutual information > sum log-prob"], ["mutual information > chance"],
-        prefix=f"{size_label(lab.size)}: ", chance=chance)
+    rules = {"sum log-prob": "sum", "mean log-prob": "mean", "mutual information": "mi"}
+    right = {name: values(runs, choice_right(rule, hit=choices.first_choice)) for name, rule in rules.items()}
+    chance = runs[lab.size][""][0].figures["chance"]["MC1"]
+    return outcome(at_size(right, lab.size), sizes_figure(right, "TruthfulQA, MC1, %", 100 * chance),
+                   ["mutual information > sum log-prob"], premises=["mutual information > chance"],
+                   chance=chance, prefix=f"{size_label(lab.size)}: ")
 
 
 def prior_not_finetuning(lab):
@@ -119,12 +113,9 @@ def prior_not_finetuning(lab):
 
     def margin(run):
         return {"": (np.subtract(*run.items()[0]["mean"]), "")}
-    margins, unit = values(arms, margin), "nats a token"
-    panel = {name: spread([items[""][0] for items in arm[""]]) for name, arm in margins.items()}
-    expects_64 = above("prompted: 64 rather than 1", mean(margins["prompted"], scale=1), unit)
-    return outcome(
-        margins, {"": points({"": panel}, "log P(64, …) - log P(1, …)", chance=0, lines=False)},
-        [expects_64, "untouched > finetuned", "prompted > finetuned"], ["prompted > untouched"], unit=unit)
+    return outcome(values(arms, margin), "log P(64, …) - log P(1, …)",
+                   ["prompted > 0", "untouched > finetuned", "prompted > finetuned"],
+                   premises=["prompted > untouched"], chance=0, unit="nats a token")
 
 
 def tax(arms, figure, learned, unit="points", within=3.0):
@@ -151,14 +142,14 @@ def alignment_tax(lab):
 
     def score(key):
         return lambda run: {item["item"]: (float(item[key]), item["group"]) for item in run.items()}
-    right = values(arms, score("right"))
-    learned = above(f"{size_label(lab.size)}: last words told right", mean(right["plain"][lab.size]))
-    panels = {"accuracy": size_panels(arms, "accuracy", "last words told right, %")[""],
-              "log-prob": size_panels(arms, "log_prob", "nats a word", scale=1)[""]}
-    result = tax(values(arms, score("log_prob")), panels, learned, unit="nats", within=0.1)
+    right, log_prob = values(arms, score("right")), values(arms, score("log_prob"))
+    learned = compared("plain > 0", at_size(right, lab.size), prefix=f"{size_label(lab.size)}, words right: ")
+    panels = {"accuracy": curves(right, "last words told right, %", place=size_label),
+              "log-prob": curves(log_prob, "nats a word", place=size_label, scale=1)}
+    result = tax(log_prob, panels, *learned, unit="nats", within=0.1)
     for size in lab.sizes:
         result.beside += compared("plain > prompted", at_size(right, size),
-                                  prefix=f"{size_label(size)}, right: ")
+                                  prefix=f"{size_label(size)}, words right: ")
     return result
 
 
@@ -175,5 +166,5 @@ def code_tax(lab):
     def passed(run):
         return {item["id"]: (item["passed"] / item["n"], item["id"]) for item in run.items()}
     rates = values(arms, passed)
-    return tax(rates, size_panels(arms, "pass@1", "MBPP, pass@1, %"),
-               above(f"{size_label(lab.size)}: programs that pass", mean(rates["plain"][lab.size])))
+    learned = compared("plain > 0", at_size(rates, lab.size), prefix=f"{size_label(lab.size)}: ")
+    return tax(rates, sizes_figure(rates, "MBPP, pass@1, %", chance=None), *learned)
