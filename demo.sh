@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv, installs, and tests the core claims of the paper on three toy worlds: about eight minutes on two
-# cores after the install, with the first verdict after three.
+# Makes .venv, installs, and tests the core claims of the paper on three toy worlds: after the install about
+# eight minutes on two cores, with the first verdict after three.
 set -e
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}

@@ -13,6 +13,7 @@ from collections import Counter
 
 import torch
 
+from claims.scales import size_label
 from data.files import write_file
 
 STYLE = """body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}
@@ -29,7 +30,7 @@ def write_report(folder, args, results):
     outcomes = {name: outcome for name, (_, outcome) in results.items() if not isinstance(outcome, str)}
     for name, outcome in outcomes.items():
         write_file(folder / f"{name}.png", outcome.png)
-    sizes = ", ".join(args.sizes)
+    sizes = ", ".join(map(size_label, args.sizes))
     about = (f"{datetime.date.today()}, scale {args.scale}, {args.seeds} seeds, sizes {sizes}; "
              f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
              f"Python {platform.python_version()}, torch {torch.__version__}")
@@ -50,14 +51,15 @@ def write_report(folder, args, results):
 def summary(name, outcome):
     """One line on a claim, for the terminal."""
     effect, verdict = effect_and_verdict(outcome)
-    return f"{name:<38}{effect:<50}{verdict}"
+    return f"{name:<38}{effect:<68}{verdict}"
 
 
 def effect_and_verdict(outcome):
-    """(the first part's effect, the verdict) of an Outcome, or why there is none."""
+    """(the first part's effect and how many parts hold, the verdict) of an Outcome, or why there is none."""
     if isinstance(outcome, str):
         return "", f"failed: {outcome}"
-    return shown(outcome.parts[0]), outcome.verdict
+    n, n_hold = len(outcome.parts), sum(part.verdict == "holds" for part in outcome.parts)
+    return shown(outcome.parts[0]) + f"; {n_hold} of {n} parts hold" * (n > 1), outcome.verdict
 
 
 def shown(finding):

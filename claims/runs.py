@@ -36,7 +36,7 @@ class Run:
     place.
 
     out: what the run makes, passed as --out: a checkpoint folder for the training scripts, a file of JSON
-    lines for the others. seconds: an estimate of how long it takes. """
+    lines for the others. seconds: an estimate of how long it takes."""
 
     def __init__(self, folder, script, *flags, seconds):
         self.script, self.flags, self.seconds = script, flags, seconds
