@@ -13,7 +13,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from data.errors import InputError
 from data.text import read_texts
-from data.tokenizer import LONGEST_WORD, Tokenizer, get_tokenizer, word_splitter
+from data import tokenizer_json
+from data.tokenizer import LONGEST_WORD, PROBES, Tokenizer, get_tokenizer, word_splitter
 from data.tokenizer_json import from_ranks
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -289,3 +290,88 @@ def test_training_reads_no_more_than_its_share_and_says_so(tmp_path, monkeypatch
         assert len(tokenizer.encode(word)) == 1
     out = capsys.readouterr().out
     assert "3 files were read in part" in out and "trained on 0.0 MB" in out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Other people's tokenizers
+
+POSSESSIVE = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+              r"|\s*[\r\n]|\s+(?!\S)|\s")
+
+
+def trained_by_others(texts, split):
+    """The content of the tokenizer.json of a byte-level BPE with a way to split text, as others publish it:
+    its special token comes first, and <eoc> is unknown."""
+    model = tokenizers.Tokenizer(models.BPE())
+    step = tokenizer_json.split_json(split) if split != "possessive" else {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": POSSESSIVE}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+    spec = json.loads(model.to_str()) | {"pre_tokenizer": step, "decoder": {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}}
+    model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    model.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=2, show_progress=False, special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()[:250]))
+    return json.loads(model.to_str())
+
+
+def real_texts(n):
+    """n documents of published text, or invented ones where there is none."""
+    path = DATA / "text" / "squality_stories.jsonl.xz"
+    if path.exists():
+        return [text[:20_000] for _, _, text in itertools.islice(read_texts([path]), n)]
+    return [f"It's {i} o'clock; {i * 1234567} people (all of them!) say: \"we'll see\".\n\n\tOK?  {i}" for i in range(200)]
+
+
+@pytest.mark.parametrize("split, is_fast", [
+    ("gpt2", True), ("digits", True), ("llama3", True), ("qwen2", True), ("possessive", False)])
+def test_ids_equal_those_of_the_tokenizers_library_whatever_the_split(split, is_fast):
+    """`\\p{N}{1,3}+` takes all digits of a number for the library, and at most three for tiktoken: such a
+    tokenizer has to be left to the library."""
+    texts = [*real_texts(12), " ".join(str(7919 * i * i) for i in range(3000))]
+    spec = trained_by_others(texts, split)
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer = Tokenizer(tokenizer_json.adapted(spec))
+    assert (tokenizer._encoding is not None) == is_fast
+    for text in [*ODD, *PROBES, *texts, "12345678 1 22 333 4444", "I'LL we'Ve", "\x01\xf7 𐍈"]:
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids
+    assert (tokenizer.eot, tokenizer.eoc, tokenizer.n_vocab) == (0, library.get_vocab_size(), tokenizer.eoc + 1)
+
+
+def test_names_of_special_tokens_are_text_in_a_text():
+    spec = trained_by_others(real_texts(2), "gpt2")
+    tokenizer = Tokenizer(tokenizer_json.adapted(spec))
+    assert tokenizer.eot not in tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.decode(tokenizer.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+    assert tokenizer.decode([0, tokenizer.eoc]) == "<|endoftext|><eoc>"
+
+
+@pytest.mark.parametrize("form", ["normalizer", "metaspace"])
+def test_a_sentencepiece_tokenizer_sets_no_space_before_a_text(form):
+    """As Llama 1 and 2, TinyLlama and Mistral have it: contexts and completions are encoded one by one, and a
+    space that is set before each would stand in the middle."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for token in "▁", "t", "h", "e", "c", "a", "th", "the", "▁the", "ca":
+        vocab[token] = len(vocab)
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a")]
+    spec = tokenizer_json.sentencepiece_json(vocab, merges, {"<unk>": 0, "<s>": 1, "</s>": 2})
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    spec["decoder"]["decoders"].append(strip)
+    if form == "normalizer":
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, spec["normalizer"]]}
+    else:
+        spec["normalizer"], spec["pre_tokenizer"] = None, {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    tokenizer = Tokenizer(tokenizer_json.adapted(spec), {"eos_token": "</s>"})
+    assert (tokenizer.eot, tokenizer.eoc) == (2, len(vocab))
+    assert tokenizer.decode(tokenizer.encode(" the cat é\n")) == " the cat é\n"
+    assert [tokenizer.token_bytes(i) for i in tokenizer.encode("the the")] == [b"the", b" the"]
+    assert tokenizer.count_bytes(tokenizer.encode("é")) == 2
+
+
+def test_merges_by_score_are_those_of_the_list():
+    """A GGUF file of a SentencePiece tokenizer has a score for each token in place of merges."""
+    vocab = {token: i for i, token in enumerate(["t", "h", "e", "th", "he", "the"])}
+    scores = {"t": -9.0, "h": -9.0, "e": -9.0, "th": -1.0, "he": -2.0, "the": -3.0}
+    assert tokenizer_json.merges_by_score(vocab, scores) == [("t", "h"), ("h", "e"), ("t", "he"), ("th", "e")]
