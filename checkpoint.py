@@ -34,8 +34,8 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def find(place):
-    """Where a model lies: the newest whole checkpoint of a run (OUT/step-N if there is one, else OUT itself), a
-    Hugging Face folder, or a .gguf file."""
+    """Where a model lies: the newest whole checkpoint of a run (OUT/step-N if there is one, else OUT
+    itself), a Hugging Face folder, or a .gguf file."""
     place = Path(place)
     if place.is_file() and place.suffix == ".gguf":
         return place
@@ -45,8 +45,8 @@ def find(place):
     if steps:
         return steps[-1][1]
     if not (place / "meta.json").is_file() and not (place / "config.json").is_file():
-        raise InputError(f"{place}: no checkpoint in this folder (a checkpoint holds {', '.join(FILES)}; a Hugging "
-                         "Face folder the first four)")
+        raise InputError(f"{place}: no checkpoint in this folder (a checkpoint holds {', '.join(FILES)}; a "
+                         "Hugging Face folder the first four)")
     return place
 
 
@@ -56,8 +56,8 @@ def content_files(place):
 
 
 def load(place, value_head=None, seed=0):
-    """(model, tokenizer, meta) of a run's newest checkpoint, a Hugging Face folder or a .gguf file. Nothing but
-    tensors and JSON is read.
+    """(model, tokenizer, meta) of a run's newest checkpoint, a Hugging Face folder or a .gguf file. Nothing
+    but tensors and JSON is read.
 
     value_head: None takes the model as it is. True adds a head, drawn from `seed`, to a language model. False
     leaves a preference model's head out. Raises InputError with the file for anything missing, damaged or of
@@ -68,19 +68,21 @@ def load(place, value_head=None, seed=0):
     config, state, tokenizer, meta = read_checkpoint(place) if is_ours else read_pretrained(place)
     has_head = config.value_head
     config.value_head = has_head if value_head is None else value_head
-    with torch.device("meta"):
-        model = GPT(config)
-    if config.value_head and not has_head:
-        model.score.to_empty(device="cpu")
-        state["score.weight"] = model.score.weight.detach().normal_(
-            std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
     if has_head and not config.value_head:
         state.pop("score.weight", None)
     try:
+        if config.n_layer > len(state):
+            raise RuntimeError(f"it has {len(state)} tensors, too few for {config.n_layer} layers")
+        with torch.device("meta"):
+            model = GPT(config)
+        if config.value_head and not has_head:
+            model.score.to_empty(device="cpu")
+            state["score.weight"] = model.score.weight.detach().normal_(
+                std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        why = str(error).splitlines()[1].strip()[:200]
-        raise InputError(f"{content_files(place)[-1]}: does not fit config.json: {why}") from None
+        *_, why = str(error).splitlines()[:2]  # the first line of several only says that something is wrong
+        raise InputError(f"{content_files(place)[-1]}: does not fit config.json: {why.strip()[:200]}") from None
     return model, tokenizer, meta
 
 
@@ -169,8 +171,8 @@ def finish(out):
     if newest == out:
         shutil.rmtree(out / "removed", ignore_errors=True)  # of a run that was killed right here
         return
-    # meta.json is the last: a folder that has it is whole.
-    for name in sorted((path.name for path in newest.iterdir()), key=lambda name: (name == "meta.json", name)):
+    names = [path.name for path in newest.iterdir() if path.name != "meta.json"]
+    for name in [*names, "meta.json"]:  # it is the last: a folder that has it is whole
         link = out / f"{name}.new"
         link.unlink(missing_ok=True)
         try:

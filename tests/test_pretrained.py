@@ -373,6 +373,7 @@ def other_vocabulary(folder):
 
 
 BIAS, NORM = "model.layers.1.self_attn.k_proj.bias", "model.norm.weight"
+TABLE = "model.embed_tokens.weight"
 BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: missing or damaged"),
     "cut weights": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]),
@@ -406,6 +407,11 @@ BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
                       "rotary positions scaled by 'yarn'"),
     "no sizes": (lambda f: edit_json(f / "config.json", hidden_size="remove"), "KeyError: 'hidden_size'"),
     "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), "does not fit config.json: Missing"),
+    "far more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "too few for 1000000000"),
+    "far too wide": (lambda f: edit_json(f / "config.json", hidden_size=10**15), "does not fit config.json: "),
+    "a table of one row": (lambda f: edit_weights(f, lambda w: w.update({TABLE: torch.ones(48)})),
+                           f"does not fit config.json: size mismatch for {TABLE}"),
+    "a list as scaling": (lambda f: edit_json(f / "config.json", rope_parameters=[1]), "AttributeError"),
     "other heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=3), "does not fit config.json: size"),
     "untied": (lambda f: edit_json(f / "config.json", tie_word_embeddings=False), "does not fit config.json: Missing"),
     "a classifier": (lambda f: edit_json(f / "config.json", architectures=["Qwen2ForSequenceClassification"],

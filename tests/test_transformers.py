@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import torch
-from conftest import alone
+from conftest import ROOT, alone
 from test_pretrained import FAMILY, make_theirs, write_folder
 
 import checkpoint
@@ -74,20 +74,17 @@ def test_a_language_model_gives_the_same_logits(tmp_path, start):
 
 
 def rewards_by_transformers(folder, context, completions):
-    """What the README shows."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    batch = tokenizer([context or tokenizer.pad_token] * len(completions), completions,
-                      padding=True, return_tensors="pt")  # sets <eoc> behind each pair of texts
-    with torch.no_grad():
-        return model(**batch).logits.squeeze(-1)
+    """What docs/serving.md shows."""
+    document = (ROOT / "docs" / "serving.md").read_text()
+    names = {}
+    exec(document.split("```python\n")[1].split("```")[0], names)
+    return names["rewards"](folder, context, completions)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("context", TEXTS)
 def test_a_preference_model_gives_the_same_rewards(tmp_path, context):
-    """The ten lines of the README, with texts as they come."""
+    """The ten lines of docs/serving.md, with texts as they come."""
     model, tokenizer = our_model(tied=True, value_head=True)
     model.config.ctx = 128
     folder = written(tmp_path / "run", model, tokenizer, "pm")
