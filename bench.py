@@ -53,7 +53,7 @@ from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
 from evals import pm
 from evals.choices import HHH_ITEMS
-from hf_folder import make_config
+from formats.hf_folder import make_config
 from model import GPT, SIZES, Config, read
 from ranks import check_compiler, pick_dtype, start
 from sampling import generate

