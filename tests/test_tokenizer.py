@@ -304,15 +304,17 @@ def trained_by_others(texts, split):
     """The content of the tokenizer.json of a byte-level BPE with a way to split text, as others publish it:
     its special token comes first, and <eoc> is unknown."""
     model = tokenizers.Tokenizer(models.BPE())
-    step = tokenizer_json.split_json(split) if split != "possessive" else {"type": "Sequence", "pretokenizers": [
+    step = {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": POSSESSIVE}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+    if split != "possessive":
+        step = tokenizer_json.split_json(split)
     spec = json.loads(model.to_str()) | {"pre_tokenizer": step, "decoder": {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}}
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
     model.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=2000, min_frequency=2, show_progress=False, special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()[:250]))
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())[:250]))  # without the byte 0x9f, as in ğ
     return json.loads(model.to_str())
 
 
@@ -321,7 +323,8 @@ def real_texts(n):
     path = DATA / "text" / "squality_stories.jsonl.xz"
     if path.exists():
         return [text[:20_000] for _, _, text in itertools.islice(read_texts([path]), n)]
-    return [f"It's {i} o'clock; {i * 1234567} people (all of them!) say: \"we'll see\".\n\n\tOK?  {i}" for i in range(200)]
+    return [f"It's {i} o'clock; {i * 1234567} people (all of them!) say: \"we'll see\".\n\n\tOK?  {i}"
+            for i in range(200)]
 
 
 @pytest.mark.parametrize("split, is_fast", [
@@ -334,7 +337,7 @@ def test_ids_equal_those_of_the_tokenizers_library_whatever_the_split(split, is_
     library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     tokenizer = Tokenizer(tokenizer_json.adapted(spec))
     assert tokenizer._encode_texts.__qualname__.startswith("tiktoken_encoder" if is_fast else "library_encoder")
-    for text in [*ODD, *PROBES, *texts, "12345678 1 22 333 4444", "I'LL we'Ve", "\x01\xf7 𐍈"]:
+    for text in [*ODD, *PROBES, *texts, "12345678 1 22 333 4444", "I'LL we'Ve", "\x01\xf7 𐍈 ğ"]:
         assert tokenizer.encode(text).tolist() == library.encode(text).ids
     assert (tokenizer.eot, tokenizer.eoc, tokenizer.n_vocab) == (0, library.get_vocab_size(), tokenizer.eoc + 1)
 
