@@ -223,8 +223,8 @@ def _classes(same):
 # The report
 
 
-def report(games, seed=0):
-    """Rate the players of `games`, (model_a, model_b, winner, None or share of model_a), and print a table.
+def rate(games, seed=0):
+    """Rate the players of `games`, (model_a, model_b, winner, None or share of model_a).
 
     Returns the figures for JSON: {"players": {name: {"elo", "low", "high", "sd", "games", "wins", "losses"}},
     "pairs", "games", "ties_dropped", "messages"}.
@@ -241,18 +241,24 @@ def report(games, seed=0):
         if n := float(wins[i, j] + wins[j, i]):
             pairs.append({"a": names[i], "b": names[j], "games": n, "won": float(wins[i, j] / n),
                           "predicted": float(_sigmoid((elos[i] - elos[j]) / UNIT))})
-    messages = components(names, wins)
-    width = max(map(len, names))
-    print(f"\n  {counts.sum():,} games, {ties:,} ties dropped; Elo around a mean of 0, 95 % intervals by "
-          f"resampling games\n\n  {'':<{width}}      Elo   95 % interval         games       wins     losses")
+    return {"players": players, "pairs": pairs, "games": int(counts.sum()), "ties_dropped": ties,
+            "messages": components(names, wins)}
+
+
+def report(games, seed=0):
+    """Rate the players and print a table. Returns the figures of `rate`."""
+    figures = rate(games, seed)
+    players, width = figures["players"], max(map(len, figures["players"]))
+    print(f"\n  {figures['games']:,} games, {figures['ties_dropped']:,} ties dropped; Elo around a mean of "
+          "0, 95 % intervals by resampling games\n\n"
+          f"  {'':<{width}}      Elo   95 % interval         games       wins     losses")
     for name, p in players.items():
         print(f"  {name:<{width}} {p['elo']:8.1f}   {p['low']:7.1f} … {p['high']:<7.1f} {p['games']:9,.6g} "
               f"{p['wins']:10,.6g} {p['losses']:10,.6g}")
     print(f"\n  {'first':<{width}}   {'against':<{width}}     games   won %   predicted %")
-    for pair in pairs:
+    for pair in figures["pairs"]:
         print(f"  {pair['a']:<{width}}   {pair['b']:<{width}} {pair['games']:9,.6g} {100 * pair['won']:7.1f} "
               f"{100 * pair['predicted']:13.1f}")
-    for message in messages:
+    for message in figures["messages"]:
         print(f"  note: {message}")
-    return {"players": players, "pairs": pairs, "games": int(counts.sum()), "ties_dropped": ties,
-            "messages": messages}
+    return figures

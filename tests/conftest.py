@@ -36,7 +36,7 @@ BYTES = get_tokenizer("bytes")
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([
     "torch", "torch._dynamo", "pytest", "safetensors.torch", "tiktoken", "tokenizers",
-    "train_lm", "train_pm", "distill", "evaluate", "chat"])
+    "train_lm", "train_pm", "distill", "evaluate", "chat", "arena"])
 
 
 def _script(name, flags, env, folder, before):

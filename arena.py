@@ -1,0 +1,370 @@
+"""People compare two language models in the browser. Their votes become comparisons, Elos, and a better
+preference model.
+
+  python arena.py --models out/lm out/distilled                       then open http://127.0.0.1:8000
+  python arena.py --models out/lm out/lm --prompts "" toy             one model, without and behind a prompt
+  python arena.py --samples plain.jsonl prompted.jsonl                rate what was sampled elsewhere
+  python arena.py --db out/arena.db --export votes.jsonl --games games.csv
+  python arena.py --db out/arena.db --exclude 1f0c9a2b7d3e "never reads the replies"
+
+As in the paper's Section 2, a person writes a message, two models reply, the person says which reply is
+better, and the dialogue goes on with it. In the mode "red team" the person chooses the more harmful reply.
+Which model stands where is drawn anew for each pair, and their names are shown after the vote. /results has
+the ratings. What is exported is read by `train_pm.py --data` and `evaluate.py elo --games`.
+"""
+import argparse
+import itertools
+import json
+import random
+import re
+import threading
+from dataclasses import replace
+from http import HTTPStatus
+from pathlib import Path
+
+import checkpoint
+import plan
+from data.errors import InputError, Parser, run_main
+from data.files import content_key
+from data.prompts import SEPARATOR
+from data.text import find_special, valid_unicode
+from evals import elo
+from evals.choices import as_dialogue, read_items
+from evals.subject import load_subject, read_prompt, reward_function
+from evals.votes import SIDES, TURN, export, results, turns
+from web.replies import Writer
+from web.server import Refused, Server
+from web.store import Store
+
+MODES = ("helpful", "red team")
+ID = re.compile(r"[\w-]{8,64}")
+MOST_WAITING = 100  # pairs whose replies are being written at one time
+REPEATS = 0.1  # of the pairs of --samples: how often one is drawn that somebody else has rated
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--db", default="out/arena.db", help="the database of pairs and votes (default: %(default)s)")
+    add("--models", nargs="+", default=["out/lm", "out/distilled"], metavar="DIR",
+        help="checkpoint folders, Hugging Face folders or .gguf files that are compared, two or more; one "
+        "may be named again with another prompt (default: out/lm out/distilled)")
+    add("--prompts", nargs="+", metavar="NAME",
+        help='the prompt of each model: hhh, code, toy, a text file, or "" for none (default: none)')
+    add("--prompt_tokens", type=plan.positive(int), metavar="N",
+        help="keep a prompt's preamble and as many of its last conversations as fit in N tokens")
+    add("--chat", action="store_true", help="write dialogues by the models' chat templates")
+    add("--temperature", type=plan.between(float, 0, 100), default=1.0,
+        help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_p", type=plan.between(float, 0, 1), default=0.95,
+        help="sample from the likeliest tokens that together have this probability (default: %(default)s)")
+    add("--max_new", type=plan.positive(int), default=256,
+        help="tokens of a reply at most (default: %(default)s)")
+    add("--contexts", metavar="FILE", help="comparisons whose contexts the page offers as a beginning")
+    add("--samples", nargs="+", metavar="FILE",
+        help="compare what `evaluate.py sample` wrote, a file of each model, and load no model")
+    add("--judge", metavar="DIR", help="a preference model, whose opinion is stored with each pair")
+    add("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine alone)")
+    add("--port", type=plan.between(int, 0, 65535), default=8000, help="(default: %(default)s)")
+    add("--password", help="what raters have to give, with the name rater; needed where --host is open to "
+        "others")
+    add("--export", metavar="FILE.jsonl", help="write the votes as comparisons, and serve nothing")
+    add("--games", metavar="FILE.csv", help="write the votes as a table of games, and serve nothing")
+    add("--mode", choices=MODES, default="helpful", help="the votes to export (default: %(default)s)")
+    add("--exclude", nargs=2, metavar=("ID", "REASON"),
+        help="do not count the votes of a rater, or one vote or pair; nothing is deleted")
+    plan.add_device_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.exclude:
+        n_votes = Store(args.db, create=False).exclude(*args.exclude)
+        if not n_votes:
+            raise InputError(f"--exclude {args.exclude[0]}: no rater, pair or vote of this name has votes")
+        print(f"{n_votes} votes are excluded from now on")
+    elif args.export or args.games:
+        store = Store(args.db, create=False)
+        export(store.votes(), args.mode, args.export, args.games)
+        print(f"left out: {store.count_open(args.mode)} pairs without a vote")
+    else:
+        store = Store(args.db)
+        store.serve_alone()
+        serve(Server(args.host, args.port, args.password), store, args)
+
+
+def serve(server, store, args):
+    """Answer requests until Ctrl-C. The server has its port already, so that a wrong one is told at once."""
+    subjects, samples = ({}, Samples(args.samples, store)) if args.samples else (load_players(args), None)
+    arena = Arena(store, subjects, samples, args)
+    server.application = arena
+    host, port = server.server_address[:2]
+    print(f"{', '.join(subjects or samples.names)}: open http://{host}:{port} and for the ratings "
+          f"http://{host}:{port}/results; Ctrl-C ends", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+        arena.writer.close()
+        store.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who is compared
+
+
+def load_players(args):
+    """The models behind their prompts: {name: Subject}. A model that is named twice is loaded once."""
+    prompts = args.prompts or [""] * len(args.models)
+    if len(prompts) != len(args.models):
+        raise InputError(f'--prompts needs one for each of the {len(args.models)} models, "" for none; found '
+                         f"{len(prompts)}")
+    if len(prompts) < 2 or len(set(zip(args.models, prompts))) < len(prompts):
+        raise InputError("--models needs at least two; one may be named again with another prompt")
+    loaded, players = {}, {}
+    for folder, prompt in zip(args.models, prompts):
+        if folder not in loaded:
+            flags = argparse.Namespace(**{**vars(args), "model": folder, "prompt": None})
+            loaded[folder] = load_subject(flags, checkpoint.load_lm)
+        subject = loaded[folder]
+        text, prefix = read_prompt(
+            subject.model, subject.tokenizer, subject.ctx, prompt or None, args.prompt_tokens)
+        short = Path(folder).name
+        name = short if [Path(other).name for other in set(args.models)].count(short) == 1 else folder
+        players[f"{name} behind {prompt}" if prompt else name] = replace(subject, prompt=text, prefix=prefix)
+    return players
+
+
+class Samples:
+    """Pairs of replies that were sampled elsewhere, and to whom each was served."""
+
+    def __init__(self, paths, store):
+        self.names = [Path(path).name.split(".jsonl")[0] for path in paths]
+        if len(paths) < 2 or len(set(self.names)) < len(paths):
+            raise InputError(f"--samples needs at least two files, each with a name of its own, found "
+                             f"{', '.join(self.names)}")
+        replies = {}  # {(context, number of the reply): {name: text}}
+        for name, path in zip(self.names, paths):
+            for record in read_items("choice", [path])[0]:
+                for n, text in enumerate(record["completions"]):
+                    replies.setdefault((record["context"], n), {})[name] = text
+        self.pairs = [(context, {a: texts[a], b: texts[b]}) for (context, _), texts in replies.items()
+                      for a, b in itertools.combinations(texts, 2)]
+        if not self.pairs:
+            raise InputError(f"{paths[0]}: shares no context with the other files; sample from the same "
+                             "--data")
+        self.served = [[] for _ in self.pairs]
+        numbers = {self.key(*pair): number for number, pair in enumerate(self.pairs)}
+        for row in store.read("SELECT * FROM pairs"):  # of earlier days
+            texts = {row["left_model"]: row["left_text"], row["right_model"]: row["right_text"]}
+            number = numbers.get(self.key(row["context"], texts))
+            if number is not None:
+                self.served[number].append((row["rater"], row["pair_id"]))
+
+    def key(self, context, texts):
+        return context, *sorted(texts.items())
+
+    def draw(self, rater):
+        """The number of a pair that this rater has not seen: mostly one that was served least, sometimes one
+        that one other person has seen, which tells how well they agree. Raises Refused if there is none."""
+        new = [number for number, served in enumerate(self.served) if rater not in dict(served)]
+        if not new:
+            raise Refused(HTTPStatus.NOT_FOUND, "You have rated all there is. Thank you!")
+        wanted = 1 if random.random() < REPEATS else min(len(self.served[number]) for number in new)
+        chosen = [number for number in new if len(self.served[number]) == wanted]
+        return random.choice(chosen or new)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the page asks for
+
+
+class Arena:
+    """A method takes the name of a rater and the values of a request, and returns what becomes JSON."""
+
+    def __init__(self, store, subjects, samples, args):
+        self.store, self.subjects, self.samples = store, subjects, samples
+        self.writer = Writer(subjects, self.store_replies, args.max_new, args.temperature, args.top_p)
+        self.rewards = reward_function(args.judge, args)[0] if args.judge else None
+        items = read_items("choice", [args.contexts])[0] if args.contexts else []
+        self.contexts = list(dict.fromkeys(item["context"] for item in items))
+        self.settings = {"temperature": args.temperature, "top_p": args.top_p, "max_new": self.writer.max_new,
+                         "judge": model_key(args.judge) if args.judge else None}
+        self.player_settings = {
+            name: {"model": model_key(subject.name), "prompt": content_key([], subject.prompt)}
+            for name, subject in subjects.items()}
+        self.serving, self.figures_lock, self.latest_figures = threading.Lock(), threading.Lock(), {}
+        self.get = {"/setup": self.setup, "/pair": self.show, "/stream": self.stream,
+                    "/figures": self.figures}
+        self.post = {"/pair": self.serve, "/stop": self.stop, "/vote": self.vote}
+
+    def setup(self, rater, values):
+        return {"live": bool(self.subjects), "contexts": len(self.contexts)}
+
+    def find(self, rater, values, key="pair_id"):
+        """The pair that a request names, which must be this rater's."""
+        pair = self.store.pair(text_of(values, key, ID))
+        if not pair or pair["rater"] != rater:
+            raise Refused(HTTPStatus.NOT_FOUND, "There is no such pair.")
+        return pair
+
+    def show(self, rater, values):
+        return view(self.find(rater, values))
+
+    # --- pairs and their replies
+
+    def serve(self, rater, values):
+        """Serve a pair: of --samples, or two replies to a message or to one of --contexts."""
+        pair_id, mode = text_of(values, "pair_id", ID), values.get("mode")
+        if mode not in MODES:
+            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red team.")
+        with self.serving:
+            if self.store.pair(pair_id):  # the page asks again, as it did not get the answer
+                return self.show(rater, values)
+            if self.samples:
+                self.serve_sampled(rater, pair_id, mode)
+            else:
+                self.serve_live(rater, pair_id, mode, values)
+        return self.show(rater, values)
+
+    def serve_sampled(self, rater, pair_id, mode):
+        number = self.samples.draw(rater)
+        context, texts = self.samples.pairs[number]
+        served = self.samples.served[number]
+        left, right = random.sample(list(texts), 2)
+        pair = self.add_pair(rater, pair_id, mode, context, left, right,
+                             repeats=served[0][1] if served else None)
+        served.append((rater, pair_id))
+        self.store_replies(pair, [texts[left], texts[right]])
+
+    def serve_live(self, rater, pair_id, mode, values):
+        if len(self.writer.under_way) >= MOST_WAITING:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "Too many are waiting. Try again in a minute.")
+        previous = self.find(rater, values, "previous") if values.get("previous") else None
+        context = self.context(values, previous)
+        left, right = random.sample(list(self.subjects), 2)
+        if None in (self.writer.read(left, context), self.writer.read(right, context)):
+            raise Refused(HTTPStatus.BAD_REQUEST, "This is too long for the models. Say it shorter.")
+        pair = self.add_pair(rater, pair_id, previous["mode"] if previous else mode, context, left, right,
+                             previous=previous and previous["pair_id"])
+        self.writer.begin(pair)
+
+    def context(self, values, previous):
+        """The dialogue up to where the replies to this request begin."""
+        if previous and not previous["choice"]:
+            raise Refused(HTTPStatus.CONFLICT, "The dialogue goes on after a vote.")
+        if values.get("suggest") and self.contexts and not previous:
+            return random.choice(self.contexts)
+        message = valid_unicode(text_of(values, "text")).strip()
+        opening = as_dialogue(message)
+        if not message:
+            raise Refused(HTTPStatus.BAD_REQUEST, "The message is empty.")
+        if SEPARATOR in opening or len(TURN.findall(opening)) != 2:
+            raise Refused(HTTPStatus.BAD_REQUEST, "A paragraph begins with Human:, Assistant: or -----, "
+                          "which the models would misunderstand. Write it differently.")
+        before = previous["context"] + previous[f"{previous['continued']}_text"] if previous else ""
+        if special := find_special(before + opening):
+            raise Refused(HTTPStatus.BAD_REQUEST, f"The dialogue holds {special}, which means its end to the "
+                          "models. Write the message differently, or begin a new dialogue.")
+        return before + opening
+
+    def add_pair(self, rater, pair_id, mode, context, left, right, previous=None, repeats=None):
+        players = {"left": self.player_settings.get(left), "right": self.player_settings.get(right)}
+        self.store.add_pair(
+            pair_id=pair_id, rater=rater, mode=mode, previous=previous, repeats=repeats, context=context,
+            left_model=left, right_model=right, settings=json.dumps({**self.settings, **players}),
+            seed=random.getrandbits(48))
+        return self.store.pair(pair_id)
+
+    def store_replies(self, pair, texts):
+        """Store the replies of a pair, with the judge's probability that the left one is better."""
+        judge = None
+        if self.rewards:
+            judge = float(elo.judge(*self.rewards([pair["context"]] * 2, texts)))
+        self.store.finish_pair(pair["pair_id"], *texts, judge)
+
+    def stream(self, rater, values):
+        """A pair's replies as they come, after what the page has of them: (id, event)."""
+        pair = self.find(rater, values)
+        if not pair["shown_at"] and not {pair["left_model"], pair["right_model"]} <= self.subjects.keys():
+            raise Refused(HTTPStatus.GONE, "The arena no longer has these models. Begin a new dialogue.")
+        known = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", values.get("last_event", "0-0"))
+        return self.events(pair, [int(n) for n in known.groups()] if known else [0, 0])
+
+    def events(self, pair, n_known):
+        failure = ""
+        if not pair["shown_at"]:
+            writing = self.writer.begin(pair)
+            for (n_left, n_right), event in self.writer.follow(writing, n_known):
+                yield f"{n_left}-{n_right}", event
+            failure = writing.failure
+        yield "0-0", {"error": failure} if failure else view(self.store.pair(pair["pair_id"]))
+
+    def stop(self, rater, values):
+        self.writer.stop(self.find(rater, values)["pair_id"])
+        return {}
+
+    # --- votes
+
+    def vote(self, rater, values):
+        """Store a vote. Sent again, it counts once; another one for the same pair is refused."""
+        pair, vote_id = self.find(rater, values), text_of(values, "vote_id", ID)
+        choice, strength, milliseconds = (values.get(key) for key in ("choice", "strength", "milliseconds"))
+        if not pair["shown_at"]:
+            raise Refused(HTTPStatus.CONFLICT, "The replies are still being written.")
+        if choice not in (*SIDES, "tie", "both bad"):
+            raise Refused(HTTPStatus.BAD_REQUEST, "The choice is left, right, tie or both bad.")
+        if choice in SIDES and (type(strength) is not int or not 1 <= strength <= 3):
+            raise Refused(HTTPStatus.BAD_REQUEST, "The strength is 1, 2 or 3.")
+        if type(milliseconds) is not int or not 0 <= milliseconds < 2**53:
+            raise Refused(HTTPStatus.BAD_REQUEST, "The time is a number of milliseconds.")
+        pair = self.store.add_vote(
+            vote_id=vote_id, pair_id=pair["pair_id"], choice=choice, milliseconds=milliseconds,
+            strength=strength if choice in SIDES else 0,
+            continued=choice if choice in SIDES else random.choice(SIDES))
+        if pair["vote_id"] != vote_id:
+            raise Refused(HTTPStatus.CONFLICT, "This pair has a vote already, and that one stands.")
+        return view(pair)
+
+    def figures(self, rater, values):
+        """What /results shows of a mode. It is computed when there are new votes."""
+        mode = values.get("mode")
+        if mode not in MODES:
+            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red team.")
+        state = self.store.state()
+        with self.figures_lock:
+            if self.latest_figures.get(mode, (None,))[0] != state:
+                self.latest_figures[mode] = state, results(self.store.votes(), mode)
+            return self.latest_figures[mode][1]
+
+
+def view(pair):
+    """What the page shows of a pair. The names and the judge's opinion come with the vote only."""
+    shown = {"pair_id": pair["pair_id"], "mode": pair["mode"], "turns": turns(pair["context"]),
+             "finished": bool(pair["shown_at"])}
+    if pair["shown_at"]:
+        shown["texts"] = [pair["left_text"], pair["right_text"]]
+    if pair["choice"]:
+        shown["vote"] = {key: pair[key] for key in (
+            "choice", "strength", "continued", "left_model", "right_model", "judge")}
+    return shown
+
+
+def text_of(values, key, pattern=None):
+    """A text in a request, which must match the pattern if there is one."""
+    text = values.get(key)
+    if not isinstance(text, str) or pattern and not pattern.fullmatch(text):
+        raise Refused(HTTPStatus.BAD_REQUEST, f"The request lacks a proper {key}.")
+    return text
+
+
+def model_key(place):
+    """A model's place and a hash of its weights."""
+    return f"{place} {content_key(checkpoint.content_files(checkpoint.find(place)))}"
+
+
+if __name__ == "__main__":
+    run_main(main)
