@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import signal
 import sqlite3
 import threading
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import sampling
 from data.prompts import STOPS
 from data.text import EOC
 from evals import votes
+from evals.subject import reward_function
 from web.server import BURST
 from web.store import Store
 
@@ -77,7 +80,9 @@ def test_no_name_and_no_opinion_is_shown_before_the_vote(lm, models, pm, tmp_pat
         assert not re.search("plain|distilled|judge", json.dumps(seen))
         _, answer = rater.vote({"pair_id": pair_id})
         assert {answer["vote"]["left_model"], answer["vote"]["right_model"]} == {"plain", "distilled"}
-        assert 0 < answer["vote"]["judge"] < 1
+        rewards, _ = reward_function(pm, Namespace(device="cpu", dtype="fp32", micro_tokens=None))
+        left, right = rewards(["\n\nHuman: Hello\n\nAssistant:"] * 2, answer["texts"])
+        assert answer["vote"]["judge"] == pytest.approx(1 / (1 + math.exp(right - left)), abs=1e-6)
         _, figures = rater.get("/figures?mode=helpful")
         assert figures["judge"]["n"] == 1
 
