@@ -62,8 +62,8 @@ def commands_ran(place):
     ran = []
     for command in COMMANDS:
         script, flags = tiny(command, place)
-        if "DATA" in command or "$model" in command or script.startswith("-m"):
-            continue  # published files and models are not at hand
+        if "DATA" in command or "$model" in command or script.startswith("-m") or script == "arena.py":
+            continue  # published files and models are not at hand; a server does not end
         out = flags[flags.index("--out") + 1] if "--out" in flags else None
         if out and (Path(out) / "meta.json").exists():
             continue  # the same folder again
