@@ -9,7 +9,7 @@ import sqlite3
 import time
 
 import torch
-from conftest import Running
+from conftest import Running, write_jsonl
 
 import web.replies
 
@@ -19,6 +19,13 @@ def copies(lm, folder):
     for name in ("plain", "distilled"):
         shutil.copytree(lm, folder / name)
     return "--models", folder / "plain", folder / "distilled"
+
+
+def samples_file(folder, name, n=6):
+    """A file of n samples for --samples, or of n contexts."""
+    return write_jsonl(folder / f"{name}.jsonl", [
+        {"context": f"\n\nHuman: Question {i}\n\nAssistant:", "completions": [f" {name} {i}"], "scores": [0]}
+        for i in range(n)])
 
 
 def write_by_script():

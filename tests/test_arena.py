@@ -16,8 +16,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from arena_raters import Rater, arena, count_votes, copies, write_by_script
-from conftest import BYTES, evaluate, read_jsonl, run_refused, run_well, write_jsonl
+from arena_raters import Rater, arena, copies, count_votes, samples_file, write_by_script
+from conftest import BYTES, evaluate, read_jsonl, run_refused, run_well
 
 import checkpoint
 import sampling
@@ -292,12 +292,6 @@ def test_texts_with_special_tokens_are_counted_and_left_out(models, tmp_path):
         assert status == 400 and "begin a new dialogue" in answer["error"]
     printed = run_well("arena.py", "--db", tmp_path / "a.db", "--export", tmp_path / "votes.jsonl")
     assert "0 comparisons" in printed and "left out: 1 votes on texts that hold a special token" in printed
-
-
-def samples_file(folder, name, n=6):
-    return write_jsonl(folder / f"{name}.jsonl", [
-        {"context": f"\n\nHuman: Question {i}\n\nAssistant:", "completions": [f" {name} {i}"], "scores": [0]}
-        for i in range(n)])
 
 
 def test_samples_are_rated_without_a_model(tmp_path):

@@ -3,7 +3,7 @@ import shutil
 import time
 
 import pytest
-from arena_raters import Rater, arena, copies, count_votes
+from arena_raters import Rater, arena, copies, count_votes, samples_file
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -26,6 +26,7 @@ class Page:
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
 
     def open(self, running, path="/"):
+        self.errors()  # forget those of before
         self.driver.get(f"http://127.0.0.1:{running.port}{path}")
 
     def find(self, selector):
@@ -105,6 +106,7 @@ def test_a_dialogue_by_mouse_and_by_keyboard(running, page):
     assert len(page.texts("#turns .turn")) == 3 and page.texts(".reply h2") == ["Reply A", "Reply B"]
     page.press("1", "s", Keys.ENTER)
     assert "A is slightly better" in page.wait_for_vote()
+    assert page.driver.switch_to.active_element.get_attribute("id") == "text"
     page.send("Third")
     page.wait_for_replies()
     page.press("4", Keys.ENTER)
@@ -118,6 +120,21 @@ def test_a_dialogue_by_mouse_and_by_keyboard(running, page):
     page.wait(lambda: page.find("#modes").is_displayed())
     assert not page.find("#replies").is_displayed()
     assert page.errors() == []
+
+
+def test_samples_by_keyboard(page, tmp_path):
+    files = samples_file(tmp_path, "first", n=2), samples_file(tmp_path, "second", n=2)
+    with arena(tmp_path / "a.db", "--samples", *files) as running:
+        page.open(running)
+        for _ in range(2):
+            page.wait(lambda: page.driver.switch_to.active_element.get_attribute("id") == "next")
+            page.press(Keys.ENTER)
+            page.wait_for_replies()
+            assert not page.find("#text").is_displayed() and "Question" in page.find("#turns").text
+            page.press("2", "m", Keys.ENTER)
+            assert "B is much better" in page.wait_for_vote()
+        page.press(Keys.ENTER)
+        page.wait(lambda: "You have rated all there is" in page.status())
 
 
 def test_a_red_team_chooses_the_more_harmful_one(running, page):
