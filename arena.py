@@ -8,7 +8,7 @@ preference model.
   python arena.py --db out/arena.db --exclude 1f0c9a2b7d3e "never reads the replies"
 
 As in the paper's Section 2, a person writes a message, two models reply, the person says which reply is
-better, and the dialogue goes on with it. In the mode "red team" the person chooses the more harmful reply.
+better, and the dialogue goes on with it. In the mode "red_team" the person chooses the more harmful reply.
 Which model stands where is drawn anew for each pair, and their names are shown after the vote. /results has
 the ratings. What is exported is read by `train_pm.py --data` and `evaluate.py elo --games`.
 """
@@ -34,9 +34,9 @@ from evals.subject import load_subject, read_prompt, reward_function
 from evals.votes import SIDES, TURN, export, results, turns
 from web.replies import Writer
 from web.server import Refused, Server
-from web.store import Store
+from web.store import Store, now
 
-MODES = ("helpful", "red team")
+MODES = ("helpful", "red_team")
 ID = re.compile(r"[\w-]{8,64}")
 MOST_WAITING = 100  # pairs whose replies are being written at one time
 REPEATS = 0.1  # of the pairs of --samples: how often one is drawn that somebody else has rated
@@ -220,7 +220,7 @@ class Arena:
         """Serve a pair: of --samples, or two replies to a message or to one of --contexts."""
         pair_id, mode = text_of(values, "pair_id", ID), values.get("mode")
         if mode not in MODES:
-            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red team.")
+            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red_team.")
         with self.serving:
             if self.store.pair(pair_id):  # the page asks again, as it did not get the answer
                 return self.show(rater, values)
@@ -235,10 +235,11 @@ class Arena:
         context, texts = self.samples.pairs[number]
         served = self.samples.served[number]
         left, right = random.sample(list(texts), 2)
-        pair = self.add_pair(rater, pair_id, mode, context, left, right,
-                             repeats=served[0][1] if served else None)
+        self.add_pair(
+            rater, pair_id, mode, context, left, right, repeats=served[0][1] if served else None,
+            left_text=texts[left], right_text=texts[right], shown_at=now(),
+            judge=self.opinion(context, [texts[left], texts[right]]))
         served.append((rater, pair_id))
-        self.store_replies(pair, [texts[left], texts[right]])
 
     def serve_live(self, rater, pair_id, mode, values):
         if len(self.writer.under_way) >= MOST_WAITING:
@@ -271,20 +272,19 @@ class Arena:
                           "models. Write the message differently, or begin a new dialogue.")
         return before + opening
 
-    def add_pair(self, rater, pair_id, mode, context, left, right, previous=None, repeats=None):
+    def add_pair(self, rater, pair_id, mode, context, left, right, **columns):
         players = {"left": self.player_settings.get(left), "right": self.player_settings.get(right)}
         self.store.add_pair(
-            pair_id=pair_id, rater=rater, mode=mode, previous=previous, repeats=repeats, context=context,
-            left_model=left, right_model=right, settings=json.dumps({**self.settings, **players}),
-            seed=random.getrandbits(48))
+            pair_id=pair_id, rater=rater, mode=mode, context=context, left_model=left, right_model=right,
+            settings=json.dumps({**self.settings, **players}), seed=random.getrandbits(48), **columns)
         return self.store.pair(pair_id)
 
     def store_replies(self, pair, texts):
-        """Store the replies of a pair, with the judge's probability that the left one is better."""
-        judge = None
-        if self.rewards:
-            judge = float(elo.judge(*self.rewards([pair["context"]] * 2, texts)))
-        self.store.finish_pair(pair["pair_id"], *texts, judge)
+        self.store.finish_pair(pair["pair_id"], *texts, self.opinion(pair["context"], texts))
+
+    def opinion(self, context, texts):
+        """The judge's probability that the left one of two replies is better; None without a judge."""
+        return float(elo.judge(*self.rewards([context, context], texts))) if self.rewards else None
 
     def stream(self, rater, values):
         """A pair's replies as they come, after what the page has of them: (id, event)."""
@@ -333,7 +333,7 @@ class Arena:
         """What /results shows of a mode. It is computed when there are new votes."""
         mode = values.get("mode")
         if mode not in MODES:
-            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red team.")
+            raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red_team.")
         state = self.store.state()
         with self.figures_lock:
             if self.latest_figures.get(mode, (None,))[0] != state:

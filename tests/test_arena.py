@@ -222,7 +222,7 @@ def voted(models, tmp_path_factory):
             rater = Rater(running.port)
             for _ in range(7):
                 n += 1
-                mode = "red team" if n % 7 == 0 else "helpful"
+                mode = "red_team" if n % 7 == 0 else "helpful"
                 pair = rater.pair(f"Question {n}", mode)
                 left = Store(db).pair(pair["pair_id"])["left_model"]
                 wanted = "distilled" if n % 4 else "plain"
@@ -261,7 +261,7 @@ def test_exported_votes_train_a_preference_model(voted, lm, tmp_path):
 
 def test_a_red_team_prefers_what_it_did_not_choose(voted, tmp_path):
     db, _ = voted
-    run_well("arena.py", "--db", db, "--mode", "red team", "--export", tmp_path / "votes.jsonl")
+    run_well("arena.py", "--db", db, "--mode", "red_team", "--export", tmp_path / "votes.jsonl")
     records = read_jsonl(tmp_path / "votes.jsonl")
     assert len(records) == 4
     for record in records:
@@ -439,6 +439,17 @@ def test_a_killed_arena_keeps_every_answered_vote(models, tmp_path):
                     answered.append(vote_id)
     stored = {vote["vote_id"] for vote in Store(tmp_path / "a.db").votes()}
     assert len(answered) > 3 and stored >= set(answered)
+
+
+def test_ctrl_c_ends_the_arena(models, tmp_path):
+    """Also while replies are written. The database is one file then."""
+    with arena(tmp_path / "a.db", *models, pause=0.1, reply="word " * 300) as running:
+        rater = Rater(running.port)
+        rater.post("/pair", pair_id=rater.new_id(), mode="helpful", text="Hello")
+        os.kill(running.process.pid, signal.SIGINT)
+        done = running.result(20)
+    assert done.returncode == 0 and not done.stderr, done
+    assert [path.name for path in tmp_path.iterdir()] == ["a.db"]
 
 
 def limit_the_database():

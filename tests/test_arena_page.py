@@ -140,7 +140,7 @@ def test_samples_by_keyboard(page, tmp_path):
 def test_a_red_team_chooses_the_more_harmful_one(running, page):
     page.open(running)
     page.wait(lambda: page.find("#modes").is_displayed())
-    page.choose("red team")
+    page.choose("red_team")
     page.send("Something bad")
     page.wait_for_replies()
     assert page.find("#question").text == "Which reply is more harmful?"

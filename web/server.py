@@ -12,6 +12,7 @@ import re
 import secrets
 import socket
 import sqlite3
+import sys
 import threading
 import time
 import traceback
@@ -87,7 +88,8 @@ class Server(ThreadingHTTPServer):
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests; wait a moment.")
 
     def handle_error(self, request, client_address):
-        pass  # the connection broke; the page asks again
+        if not isinstance(sys.exception(), OSError):  # which means a broken connection; the page asks again
+            traceback.print_exc()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,37 +108,45 @@ class Handler(BaseHTTPRequestHandler):
         pass  # nobody's address is written anywhere
 
     def respond(self, methods):
-        """Answer a request; whatever goes wrong is said in JSON: {"error": message}."""
+        """Answer a request. Whatever goes wrong is said in JSON: {"error": message}."""
         self.new_cookie = None
         try:
-            body = self.read_body()
-            self.check_sender()
-            url = urlsplit(self.path)
-            if self.command == "GET" and url.path in ("/", "/results"):
-                self.rater(create=True)
-                return self.send(HTTPStatus.OK, PAGE, "text/html; charset=utf-8")
-            if url.path not in methods:
-                raise Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
-            rater = self.rater()
-            self.server.check_rate(rater)
-            values = dict(parse_qsl(url.query)) if self.command == "GET" else self.parse(body)
-            if last_event := self.headers.get("Last-Event-ID"):
-                values["last_event"] = last_event
-            answer = methods[url.path](rater, values)
-            if hasattr(answer, "__next__"):
-                return self.send_events(answer)
-            self.send_json(HTTPStatus.OK, answer)
+            status, answer = HTTPStatus.OK, self.answer(methods)
         except Refused as refusal:
-            self.send_json(refusal.status, {"error": str(refusal)})
+            status, answer = refusal.status, {"error": str(refusal)}
         except sqlite3.Error as error:
             traceback.print_exc()
-            self.send_json(HTTPStatus.INSUFFICIENT_STORAGE, {
-                "error": f"Nothing was stored: the database cannot be written ({error}). Try again later."})
-        except OSError:
-            raise  # the connection broke
+            status, why = HTTPStatus.INSUFFICIENT_STORAGE, f"the database cannot be written ({error})"
+            answer = {"error": f"Nothing was stored: {why}. Try again later."}
+        except OSError:  # the connection broke
+            raise
         except Exception:
             traceback.print_exc()
-            self.send_json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "Something went wrong. Try again."})
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            answer = {"error": "Something went wrong. Try again."}
+        if hasattr(answer, "__next__"):
+            self.send_events(answer)
+        elif answer is PAGE:
+            self.send(status, PAGE, "text/html; charset=utf-8")
+        else:
+            self.send(status, json.dumps(answer).encode(), "application/json")
+
+    def answer(self, methods):
+        """What is sent: PAGE, what becomes JSON, or an iterator of events."""
+        body = self.read_body()
+        self.check_sender()
+        url = urlsplit(self.path)
+        if self.command == "GET" and url.path in ("/", "/results"):
+            self.rater(create=True)
+            return PAGE
+        if url.path not in methods:
+            raise Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
+        rater = self.rater()
+        self.server.check_rate(rater)
+        values = dict(parse_qsl(url.query)) if self.command == "GET" else self.parse(body)
+        if last_event := self.headers.get("Last-Event-ID"):
+            values["last_event"] = last_event
+        return methods[url.path](rater, values)
 
     def read_body(self):
         """The content of a request. One that is too long is read and refused, as closing the connection at
@@ -192,9 +202,6 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(values, dict):
             raise Refused(HTTPStatus.BAD_REQUEST, "This is not a JSON object.")
         return values
-
-    def send_json(self, status, answer):
-        self.send(status, json.dumps(answer).encode(), "application/json")
 
     def send(self, status, content, kind):
         self.start_answer(status, kind)

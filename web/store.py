@@ -20,7 +20,7 @@ TABLES = """
 CREATE TABLE pairs (
     pair_id     TEXT PRIMARY KEY,  -- random, made by the page, so that what is sent twice counts once
     rater       TEXT NOT NULL,     -- a hash of the rater's random cookie
-    mode        TEXT NOT NULL CHECK (mode IN ('helpful', 'red team')),
+    mode        TEXT NOT NULL CHECK (mode IN ('helpful', 'red_team')),
     previous    TEXT REFERENCES pairs,  -- the pair before it in the same dialogue
     repeats     TEXT REFERENCES pairs,  -- the pair with the same replies that somebody else rated before
     context     TEXT NOT NULL,     -- the dialogue up to where the replies begin
@@ -37,7 +37,7 @@ CREATE TABLE pairs (
 CREATE TABLE votes (
     vote_id      TEXT PRIMARY KEY,  -- random, made by the page
     pair_id      TEXT NOT NULL UNIQUE REFERENCES pairs,
-    -- the better one, or in the mode "red team" the more harmful one
+    -- the better one, or in the mode "red_team" the more harmful one
     choice       TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'both bad')),
     -- 1 slightly, 2 clearly, 3 much; 0 without a winner
     strength     INTEGER NOT NULL CHECK (strength BETWEEN 0 AND 3),
