@@ -222,10 +222,12 @@ class Arena:
         if mode not in MODES:
             raise Refused(HTTPStatus.BAD_REQUEST, "The mode is helpful or red_team.")
         with self.serving:
-            if self.store.pair(pair_id):  # the page asks again, as it did not get the answer
-                return self.show(rater, values)
-            if self.samples:
+            if self.store.pair(pair_id):
+                pass  # the page asks again, as it did not get the answer
+            elif self.samples:
                 self.serve_sampled(rater, pair_id, mode)
+            elif values.get("again"):
+                self.serve_again(rater, pair_id, mode)
             else:
                 self.serve_live(rater, pair_id, mode, values)
         return self.show(rater, values)
@@ -234,12 +236,23 @@ class Arena:
         number = self.samples.draw(rater)
         context, texts = self.samples.pairs[number]
         served = self.samples.served[number]
-        left, right = random.sample(list(texts), 2)
-        self.add_pair(
-            rater, pair_id, mode, context, left, right, repeats=served[0][1] if served else None,
-            left_text=texts[left], right_text=texts[right], shown_at=now(),
-            judge=self.opinion(context, [texts[left], texts[right]]))
+        self.add_written(rater, pair_id, mode, context, texts, repeats=served[0][1] if served else None)
         served.append((rater, pair_id))
+
+    def serve_again(self, rater, pair_id, mode):
+        """Serve a pair that another rater has voted on, which tells how well they agree."""
+        first = self.store.unrepeated(rater, mode)
+        if not first:
+            raise Refused(HTTPStatus.NOT_FOUND, "No pair of somebody else waits for a second opinion.")
+        texts = {first["left_model"]: first["left_text"], first["right_model"]: first["right_text"]}
+        self.add_written(rater, pair_id, mode, first["context"], texts, repeats=first["pair_id"])
+
+    def add_written(self, rater, pair_id, mode, context, texts, repeats):
+        """Store a pair of replies that are there, {name: text}; who stands left is drawn anew."""
+        left, right = random.sample(list(texts), 2)
+        self.add_pair(rater, pair_id, mode, context, left, right, repeats=repeats, left_text=texts[left],
+                      right_text=texts[right], shown_at=now(),
+                      judge=self.opinion(context, [texts[left], texts[right]]))
 
     def serve_live(self, rater, pair_id, mode, values):
         if len(self.writer.under_way) >= MOST_WAITING:

@@ -84,8 +84,8 @@ class Rater:
         cls.n_ids += 1
         return f"id-{cls.n_ids:08}"
 
-    def events(self, pair_id):
-        _, _, content = self.send("GET", f"/stream?pair_id={pair_id}")
+    def events(self, pair_id, **headers):
+        _, _, content = self.send("GET", f"/stream?pair_id={pair_id}", **headers)
         return [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith("data: ")]
 
     def pair(self, text="Hello", mode="helpful", **values):

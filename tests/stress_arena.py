@@ -1,13 +1,13 @@
-"""The arena under stress, and its whole loop on the toy world. A script, not a test: some minutes of two cores.
+"""The arena under stress, and its whole loop on the toy world. A script, not a test: it takes some minutes.
 
   python tests/stress_arena.py load           50 raters give an hour's votes in a minute
   python tests/stress_arena.py kill           the arena is killed at 20 random moments
   python tests/stress_arena.py disk           the disk is full (a small tmpfs, which needs root)
   python tests/stress_arena.py loop --lm out/lm --distilled out/distilled --judge out/pm
 
-`loop`: a script that knows the toy world's truth rates the plain, the prompted and the distilled model through
-HTTP; its votes are exported, rated by evaluate.py, and train a preference model. Exits with 1 where anything
-is not as it should be.
+`loop`: a script that knows the toy world's truth rates the plain, the prompted and the distilled model
+through HTTP; its votes are exported, rated by evaluate.py, and train a preference model. Exits with 1 where
+anything is not as it should be.
 """
 import argparse
 import contextlib
@@ -29,22 +29,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from arena_raters import Rater, arena, copies, count_votes
-from conftest import LM_FLAGS, evaluate, make_texts, read_jsonl, run_well, write_jsonl
+from conftest import LM_FLAGS, evaluate, make_texts, run_well, write_jsonl
 from data import toy
+from data.errors import Parser
 from data.toy.comparisons import HHH, quality
 from data.toy.world import KINDS, answer, build_world, open_turn
 from web.store import Store
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "kill", "disk", "loop"))
-    parser.add_argument("--raters", type=int, default=50, help="of load (default: %(default)s)")
-    parser.add_argument("--votes", type=int, help="in all (default: 3000 of load, 300 of loop)")
-    parser.add_argument("--seconds", type=int, default=60, help="that load takes (default: %(default)s)")
-    parser.add_argument("--lm", type=Path, default=ROOT / "out/lm")
-    parser.add_argument("--distilled", type=Path, default=ROOT / "out/distilled")
-    parser.add_argument("--judge", type=Path, default=ROOT / "out/pm")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("load", "kill", "disk", "loop"))
+    add("--raters", type=int, default=50, help="of load (default: %(default)s)")
+    add("--votes", type=int, help="in all (default: 3000 of load, 300 of loop)")
+    add("--seconds", type=int, default=60, help="that load takes (default: %(default)s)")
+    add("--lm", type=Path, default=ROOT / "out/lm")
+    add("--distilled", type=Path, default=ROOT / "out/distilled")
+    add("--judge", type=Path, default=ROOT / "out/pm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -110,8 +112,8 @@ def load(args, folder):
 
 
 def kill(args, folder):
-    """Every vote that was answered is in the database, whenever the arena is killed. It is started again on the
-    same database."""
+    """Every vote that was answered is in the database, whenever the arena is killed. It is started again on
+    the same database."""
     models, db, answered, sent, rng = tiny_models(folder), folder / "arena.db", set(), set(), random.Random()
 
     def rate(running):
@@ -205,8 +207,9 @@ def loop(args, folder):
                 time.sleep(0.2)  # as requests are limited
         _, figures = rater.get("/figures?mode=helpful")
     print(f"{figures['votes']} votes; {unknown} of {2 * n_votes} replies are nothing that the world says")
-    print(run_well("arena.py", "--db", db, "--export", folder / "votes.jsonl", "--games", folder / "games.csv"))
-    expected, printed = evaluate("elo", "--games", folder / "games.csv")
+    votes, games = folder / "votes.jsonl", folder / "games.csv"
+    print(run_well("arena.py", "--db", db, "--export", votes, "--games", games))
+    expected, printed = evaluate("elo", "--games", games)
     print(printed)
     print(json.dumps({key: figures[key] for key in ("left", "judge", "choices", "median_seconds")}))
     check(figures["elo"]["players"] == expected["players"], "/results has the Elos of evaluate.py")
@@ -216,9 +219,9 @@ def loop(args, folder):
     check(max(prompted["low"], distilled["low"]) < min(prompted["high"], distilled["high"]),
           "the intervals of prompted and distilled overlap")
     ranked = toy.toy_folder(0) / "ranked.jsonl"
-    run_well("train_pm.py", "--init", args.lm, "--data", folder / "votes.jsonl", "--out", folder / "pm",
-             "--lr", 0.0003, "--held_out", 0.3, "--epochs", 3)
-    for data in (folder / "votes.jsonl", ranked):
+    run_well("train_pm.py", "--init", args.lm, "--data", votes, "--out", folder / "pm", "--lr", 0.0003,
+             "--held_out", 0.3, "--epochs", 3)
+    for data in (votes, ranked):
         pm, _ = evaluate("pm", "--model", folder / "pm", "--data", data, "--skip_no_context")
         print(json.dumps({"data": data.name, **{key: pm[key] for key in pm if "accuracy" in key}}))
 

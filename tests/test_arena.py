@@ -169,9 +169,9 @@ def test_an_unfinished_pair_is_written_again_by_its_seed(models, tmp_path):
         status, pair = rater.get(f"/pair?pair_id={pair_id}")
         assert status == 200 and not pair["finished"]
         assert rater.vote({"pair_id": pair_id})[0] == 409  # nothing to vote on yet
-        events = rater.events(pair_id)
-        texts = ["".join(event["pieces"][side] for event in events[:-1]) for side in (0, 1)]
-        assert all(texts) and all(map(str.startswith, events[-1]["texts"], texts))
+        events = rater.events(pair_id, **{"Last-Event-ID": "8-8"})  # the page has "one two " of both
+        texts = ["one two " + "".join(event["pieces"][side] for event in events[:-1]) for side in (0, 1)]
+        assert min(map(len, texts)) > 8 and all(map(str.startswith, events[-1]["texts"], texts)), texts
         stored = Store(tmp_path / "a.db").pair(pair_id)
         for side, text in enumerate(events[-1]["texts"]):
             generator = torch.Generator().manual_seed(2 * stored["seed"] + side)
@@ -184,8 +184,7 @@ def test_a_page_that_reconnects_gets_the_rest_alone(models, tmp_path):
         pair_id = rater.new_id()
         rater.post("/pair", pair_id=pair_id, mode="helpful", text="Hello")
         time.sleep(0.25)
-        _, _, content = rater.send("GET", f"/stream?pair_id={pair_id}", **{"Last-Event-ID": "4-0"})
-        events = [json.loads(line[6:]) for line in content.decode().splitlines() if line[:5] == "data:"]
+        events = rater.events(pair_id, **{"Last-Event-ID": "4-0"})
         left, right = ("".join(event["pieces"][side] for event in events[:-1]) for side in (0, 1))
         assert left.startswith("two three") and right.startswith("one two three")
 
@@ -311,6 +310,27 @@ def test_samples_are_rated_without_a_model(tmp_path):
         rater.connection.close()
         rater.connection.port = running.port
         assert rater.post("/pair", pair_id=rater.new_id(), mode="helpful")[0] == 404
+
+
+def test_a_second_opinion_tells_the_agreement(models, tmp_path):
+    """A pair is shown to one other rater, and the sides are drawn anew."""
+    with arena(tmp_path / "a.db", *models) as running:
+        rater, other = Rater(running.port), Rater(running.port)
+        pairs = [rater.pair(f"Question {n}") for n in range(6)]
+        for pair in pairs:
+            rater.vote(pair, "left")
+        assert rater.post("/pair", pair_id=rater.new_id(), mode="helpful", again=True)[0] == 404
+        again = [other.pair(again=True) for _ in pairs]
+        assert other.post("/pair", pair_id=other.new_id(), mode="helpful", again=True)[0] == 404
+        texts = {pair["turns"][0][1]: pair["texts"] for pair in pairs}
+        for n, pair in enumerate(again):
+            first = texts.pop(pair["turns"][0][1])
+            assert sorted(first) == sorted(pair["texts"])
+            choice = votes.SIDES[pair["texts"].index(first[0])]
+            other.vote(pair, choice if n < 4 else "tie")
+        _, figures = other.get("/figures?mode=helpful")
+    assert not texts and figures["agreement"]["n"] == 6
+    assert figures["agreement"]["share"] == pytest.approx(4 / 6)
 
 
 def test_contexts_are_offered_as_a_beginning(models, tmp_path):

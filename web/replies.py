@@ -132,14 +132,16 @@ class Writer:
     def follow(self, writing, n_known):
         """Yield what is written of a pair after the characters [left, right] that a page has: ([left, right],
         {"pieces", "place"})."""
+        def pieces():
+            return [text[n:] for text, n in zip(writing.texts, n_known)]
+
         patience = 0  # seconds to wait for something new; the first event comes at once
         while not writing.finished:
             with writing.changed:
-                writing.changed.wait_for(
-                    lambda: writing.finished or [len(text) for text in writing.texts] != n_known, patience)
-                pieces = [text[n:] for text, n in zip(writing.texts, n_known)]
-                n_known = [len(text) for text in writing.texts]
-            yield n_known, {"pieces": pieces, "place": writing.place()}
+                writing.changed.wait_for(lambda: writing.finished or any(pieces()), patience)
+                new = pieces()
+            n_known = [n + len(piece) for n, piece in zip(n_known, new)]
+            yield n_known, {"pieces": new, "place": writing.place()}
             patience = 1
             time.sleep(0.05)  # so that a fast model does not send each token by itself
 

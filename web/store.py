@@ -131,6 +131,13 @@ class Store:
         rows = self.read("SELECT * FROM pairs LEFT JOIN votes USING (pair_id) WHERE pair_id = ?", pair_id)
         return rows[0] if rows else None
 
+    def unrepeated(self, rater, mode):
+        """A pair that somebody else has voted on and no second rater was shown; None if there is none."""
+        rows = self.read("SELECT * FROM pairs JOIN votes USING (pair_id) WHERE rater != ? AND mode = ? "
+                         "AND repeats IS NULL AND pair_id NOT IN (SELECT repeats FROM pairs WHERE repeats "
+                         "IS NOT NULL) ORDER BY random() LIMIT 1", rater, mode)
+        return rows[0] if rows else None
+
     def add_pair(self, **columns):
         """Store a pair. Nothing changes if it is stored already."""
         try:
