@@ -66,9 +66,9 @@ def parse_args():
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
         help="model sizes, the main one last, as model.py names them (default: the scale's)")
     add("--data", metavar="DIR", help="for small and gpu: folder of the published files")
-    add("--lm", metavar="DIR",
-        help="for small and gpu: a language model to start from (default: one of each size, trained on "
-        "DIR/text)")
+    add("--lm", metavar="MODEL",
+        help="for small and gpu: a language model to start from, as --init of train_pm.py takes it: a "
+        "checkpoint, a Hugging Face folder or a .gguf file (default: one of each size, trained on DIR/text)")
     add("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET",
         help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
     add("--jobs", type=plan.positive(int),

@@ -1,7 +1,7 @@
 """The scales at which lab.py tests the paper's claims: the models, the data and the flags of a claim's runs.
 
   toy     the embedded world (data/toy/world.py), 0.1M and 0.8M parameters, on a CPU
-  small   published sets under --data, 0.8M and 5M parameters, hours on a CPU
+  small   published sets under --data, on a CPU in hours: 0.8M and 5M parameters, or a given model (--lm)
   gpu     the same sets whole, 13M to 810M parameters, on a GPU
   paper   what the paper's own sizes would take: prints commands, GPUs and hours, and runs nothing
 
@@ -28,6 +28,7 @@ from data.toy import sources as toy_sources
 from data.toy.world import build_world
 from model import SIZES
 
+GIVEN_RATE = 0.03  # of a language model's rate: that of all arms that start from --lm (results/LOG.md)
 CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
 UTILISATION = 0.4  # the part of the peak that training is assumed to reach
@@ -40,8 +41,12 @@ def parameters(size, vocabulary=0):
 
 
 def size_label(size):
-    """A size by the parameters of its blocks, such as 0.8M."""
-    n = parameters(size) / 1e6
+    """A size by the parameters of its blocks, such as 0.8M. A given model's size is such a label already."""
+    return count_label(parameters(size)) if size in SIZES else size
+
+
+def count_label(n):
+    n /= 1e6
     return f"{n:.1f}M" if n < 10 else f"{n:.0f}M" if n < 1000 else f"{n / 1000:.3g}B"
 
 
@@ -54,6 +59,7 @@ class Scale:
     world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
     max_new, default_seeds = 40, 3  # max_new: tokens of a sample
+    distillation = ("--sequences", 3072)
 
     def __init__(self, args):
         self.folder, self.sizes = Path(args.out).resolve() / "runs", args.sizes
@@ -80,9 +86,12 @@ class Scale:
     def run(self, script, *flags, seconds):
         return Run(self.folder, script, *flags, seconds=seconds)
 
+    def n_parameters(self):
+        return parameters(self.size, self.vocabulary)
+
     def seconds(self, tokens, per_token=6):
         """An estimate: learning from a token takes 6 FLOPs a parameter, and reading it 2."""
-        return 2 + per_token * parameters(self.size, self.vocabulary) * tokens / self.flops
+        return 2 + per_token * self.n_parameters() * tokens / self.flops
 
     def file(self, name, records):
         """A data file of the lab's own."""
@@ -128,8 +137,8 @@ class Scale:
     def distilled(self):
         return self.run(
             "distill.py", "--init", self.lm(), "--seed", self.seed, *self.prompt, "--data", self.data("lm"),
-            "--dialogue", self.data("dialogue"), "--sequences", 3072, "--lr", self.rate(),
-            "--eval_every", NEVER, seconds=self.seconds(3072 * self.tokens * 2, 8))
+            "--dialogue", self.data("dialogue"), *self.distillation, "--lr", self.rate(),
+            "--eval_every", NEVER, seconds=self.seconds(self.distillation[1] * self.tokens * 2, 8))
 
     def prompt_text(self):
         return load_prompt(self.prompt[1])
@@ -263,7 +272,7 @@ HELD_OUT = {  # the part of the groups to test on, 400 to 900 comparisons; of ot
 
 class Small(Scale):
     """Published sets under --data, on a CPU: what can be done in hours. One language model of each size
-    serves all seeds."""
+    serves all seeds; --lm gives one that was trained elsewhere in their place."""
     name, default_sizes, without = "small", ("0.8m", "5m"), ("synthetic-transfer",)
     vocabulary, tokens = 8192, 250
     comparisons, tested, much = 500, 600, ("--pairs", 500, "--batch", 8)
@@ -280,14 +289,28 @@ class Small(Scale):
             raise InputError(f"{self.name} needs --data DIR, the folder of the published files{why}")
         self.files, self.given = Path(args.data).resolve(), Path(args.lm).resolve() if args.lm else None
         if self.given:
-            config = checkpoint.load_lm(self.given)[0].config
-            shape = config.n_layer, config.d_model, config.n_head
-            self.sizes = args.sizes = [size for size, numbers in SIZES.items() if numbers == shape]
-            self.size = self.sizes[0]
+            self.measure_given_model(args)
         self.ranked = tuple(name for name in RANKED if name in args.sets)
         self.binary = tuple(name for name in BINARY if name in args.sets)
         self.targets = self.ranked + self.binary
         self.large = tuple(name for name in self.targets if name not in FEW)
+
+    def measure_given_model(self, args):
+        """Set what depends on the given model's size, and the settings that go with one which knows much
+        more than those that are trained here, and takes longer."""
+        model = checkpoint.load_lm(self.given)[0]
+        self.n_given = model.n_params()[1]
+        self.size = count_label(self.n_given)  # with its tables, as its name has it
+        self.sizes = args.sizes = [self.size]
+        self.given_rate = f"{GIVEN_RATE * plan.lm_rate(model.config.d_model):.3g}"
+        self.prompt = "--prompt", "hhh", "--prompt_tokens", 1500
+        self.distillation = "--sequences", 512, "--ctx", 256
+
+    def n_parameters(self):
+        return self.n_given if self.given else super().n_parameters()
+
+    def rate(self):
+        return self.given_rate if self.given else super().rate()
 
     def lm(self):
         return self.given or self.run("train_lm.py", "--data", self.data("lm"), "--size", self.size,

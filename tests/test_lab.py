@@ -1,13 +1,17 @@
 """The lab: runs named by flags, data and code; statistics, premises and verdicts; figures and the report."""
+import argparse
 import json
 import math
+import re
 import zlib
 
 import numpy as np
 import pytest
 from conftest import ROOT, run, write_jsonl
 
+import checkpoint
 import lab
+import plan
 from claims import findings, runs, scales
 from claims.figures import draw_panel, picture
 from claims.findings import (
@@ -570,6 +574,21 @@ def test_the_scales_of_published_sets_list_their_runs_and_say_what_is_missing(tm
     assert "binary-equals-imitation cannot be tested: the sets that it compares" in listed
     assert f"code-tax cannot be tested: {published}/mbpp" in listed
     assert (listed.count("--binarise") > 3) == (scale == "gpu")  # small: in one claim only
+
+
+def test_a_given_model_takes_the_place_of_those_that_are_trained(tmp_path, published, lm):
+    """Its size is the number of its parameters, and all arms learn at one rate that goes with its width."""
+    done = run("lab.py", "small", "ranked-beats-imitation", "--data", published, "--lm", lm, "--sets", "hh",
+               "--dry_run", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train_lm.py" not in done.stdout
+    rates = set(re.findall(r"--lr (\S+)", done.stdout))
+    assert rates == {f"{scales.GIVEN_RATE * plan.lm_rate(checkpoint.load(lm)[0].config.d_model):.3g}"}
+    args = argparse.Namespace(data=published, lm=lm, sets=["hh"], out=tmp_path, seeds=1, many_seeds=1,
+                              sizes=["0.8m"])
+    given = scales.Small(args)
+    assert args.sizes == given.sizes == [scales.count_label(checkpoint.load(lm)[0].n_params()[1])]
+    assert scales.size_label(given.size) == given.size
 
 
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
