@@ -3,6 +3,7 @@
   python lab.py toy                                       all claims on the embedded toy world, on a CPU
   python lab.py toy prompt-helps ranked-beats-imitation   some of them
   python lab.py small --data DIR core                     the first five on published sets, hours on a CPU
+  python lab.py own --data mine.jsonl --lm out/lm         four claims on comparisons of your own
   python lab.py gpu --data DIR --sizes 13m 197m           larger models on a GPU
   python lab.py toy --dry_run                             lists what would be run
 
@@ -27,7 +28,7 @@ from claims import preferences, pretraining, prompting
 from claims.figures import picture
 from claims.report import summary, write_report
 from claims.runs import Run, cores, execute, needed
-from claims.scales import BINARY, RANKED, Gpu, Small, Toy, paper_plan
+from claims.scales import BINARY, RANKED, Gpu, Own, Small, Toy, paper_plan
 from data.errors import InputError, Parser, run_main
 from data.files import write_file
 from model import SIZES
@@ -41,7 +42,7 @@ CLAIMS = {claim.__name__.replace("_", "-"): claim for claim in (
     preferences.accuracy_at_k, preferences.ensembles, prompting.toxicity_falls, prompting.elo_ranks,
     prompting.truthfulqa_needs_mutual_information, preferences.scaling, pretraining.synthetic_transfer)}
 CORE = list(CLAIMS)[:5]
-SCALES = {"toy": Toy, "small": Small, "gpu": Gpu, "paper": None}
+SCALES = {"toy": Toy, "small": Small, "own": Own, "gpu": Gpu, "paper": None}
 
 
 def statement(name):
@@ -55,8 +56,8 @@ def parse_args():
     add = parser.add_argument
     add("scale", choices=SCALES,
         help="toy: the embedded world, 0.1M and 0.8M parameters, a CPU; small: published sets, 0.8M and 5M, "
-        "hours on a CPU; gpu: the same, 13M to 810M, a GPU; paper: print the commands for 13M to 52B with "
-        "GPUs, memory and hours, and run nothing")
+        "hours on a CPU; own: comparisons of your own and a model to start from; gpu: published sets, 13M to "
+        "810M, a GPU; paper: print the commands for 13M to 52B with GPUs, memory and hours, and run nothing")
     add("claims", nargs="*", metavar="CLAIM",
         help="claims to test, or core for the first five (default: all)")
     add("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
@@ -65,10 +66,13 @@ def parse_args():
         "3 for the others)")
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
         help="model sizes, the main one last, as model.py names them (default: the scale's)")
-    add("--data", metavar="DIR", help="for small and gpu: folder of the published files")
-    add("--lm", metavar="MODEL",
-        help="for small and gpu: a language model to start from, as --init of train_pm.py takes it: a "
-        "checkpoint, a Hugging Face folder or a .gguf file (default: one of each size, trained on DIR/text)")
+    add("--data", metavar="PATH",
+        help="for small and gpu: folder of the published files; for own: a file of comparisons")
+    add("--lm", "--init", metavar="MODEL",
+        help="for small, own and gpu: a language model to start from: a checkpoint, a Hugging Face folder or a "
+        ".gguf file (default, but not for own: one of each size, trained on DIR/text)")
+    add("--public", nargs="+", default=[], metavar="FILE",
+        help="for own: public comparisons to pre-train on, which pmp-curve needs")
     add("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET",
         help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
     add("--jobs", type=plan.positive(int),
@@ -81,9 +85,12 @@ def parse_args():
     args.given = [word for word in sys.argv[1:] if word not in (args.scale, *args.claims)]
     if args.scale != "paper":
         args.many_seeds = args.seeds or 20  # of a claim whose runs take seconds
-        args.seeds = args.seeds or SCALES[args.scale].default_seeds
-        args.sizes = args.sizes or list(SCALES[args.scale].default_sizes)
-        there = [name for name in CLAIMS if name not in SCALES[args.scale].without]
+        scale = SCALES[args.scale]
+        if args.lm and scale is Toy:
+            raise InputError("toy trains its own language models; --lm is for small, own and gpu")
+        args.seeds = args.seeds or scale.default_seeds
+        args.sizes = args.sizes or list(scale.default_sizes)
+        there = scale.only or [name for name in CLAIMS if name not in scale.without]
         wanted = [name for claim in args.claims or there for name in (CORE if claim == "core" else [claim])]
         unknown = [name for name in wanted if name not in there]
         if unknown:

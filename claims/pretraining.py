@@ -32,7 +32,7 @@ def pmp_sample_efficiency(lab):
 def pmp_curve(lab):
     """Section 4.2: pre-training helps where there are 500 comparisons, and less where there are 5,000."""
     if not lab.large:
-        raise InputError("no set of --sets has 5,000 comparisons")
+        raise InputError("no set has comparisons enough for a curve")
 
     def curve(pre_train):
         return {n: lab.arm(lambda one, name: one.transfer(name, pre_train(one), n=n), lab.large)

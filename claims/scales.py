@@ -2,11 +2,13 @@
 
   toy     the embedded world (data/toy/world.py), 0.1M and 0.8M parameters, on a CPU
   small   published sets under --data, on a CPU in hours: 0.8M and 5M parameters, or a given model (--lm)
-  gpu     the same sets whole, 13M to 810M parameters, on a GPU
+  own     comparisons of one's own and a model to start from: the claims of Section 3, and pre-training
+  gpu     the published sets whole, 13M to 810M parameters, on a GPU
   paper   what the paper's own sizes would take: prints commands, GPUs and hours, and runs nothing
 
-All arms of all claims learn at the paper's rate for preference-model pre-training, a tenth of the language
-model's. At a hundredth, the paper's rate for finetuning, a few hundred steps teach small models nothing.
+All arms of all claims learn at one rate. For small models it is the paper's for preference-model
+pre-training, a tenth of the language model's: at a hundredth, the paper's rate for finetuning, a few hundred
+steps teach them nothing.
 """
 import copy
 import functools
@@ -22,13 +24,15 @@ from claims.runs import ROOT, Run
 from data import toy
 from data.comparisons import hash64
 from data.errors import InputError
-from data.files import content_key, write_file
+from data.files import content_key, read_lines, write_file
 from data.prompts import load_prompt
 from data.toy import sources as toy_sources
 from data.toy.world import build_world
 from model import SIZES
 
-GIVEN_RATE = 0.03  # of a language model's rate: that of all arms that start from --lm (results/LOG.md)
+# The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
+# parameters and more (results/LOG.md).
+SMALL_RATE, GIVEN_RATE = 0.1, 0.03
 CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
 UTILISATION = 0.4  # the part of the peak that training is assumed to reach
@@ -58,13 +62,28 @@ class Scale:
     flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
     world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
+    much = ()  # the flags of other trainings on a set
     max_new, default_seeds = 40, 3  # max_new: tokens of a sample
     distillation = ("--sequences", 3072)
+    given = None  # a language model to start from, in place of those that are trained here
+    only, without = (), ()  # the claims that are tested, if not all; those that cannot be
 
     def __init__(self, args):
         self.folder, self.sizes = Path(args.out).resolve() / "runs", args.sizes
+        if args.lm:
+            self.measure_given_model(args)
         self.seeds, self.many_seeds = range(args.seeds), range(args.many_seeds)
         self.size, self.seed = self.sizes[-1], 0
+
+    def measure_given_model(self, args):
+        """Set what depends on --lm. Its size is the number of all its parameters, tables included, as such
+        models' names have it."""
+        self.given = Path(args.lm).resolve()
+        model = checkpoint.load_lm(self.given)[0]
+        n_blocks, self.n_given = model.n_params()
+        self.sizes = args.sizes = [count_label(self.n_given)]
+        part = SMALL_RATE if n_blocks < plan.SMALL else GIVEN_RATE
+        self.given_rate = f"{part * plan.lm_rate(model.config.d_model):.3g}"
 
     def arm(self, make, names=None, size=None):
         """{set: the runs make(one, set) for each seed}, where `one` is this scale at a seed and a size, the
@@ -87,7 +106,7 @@ class Scale:
         return Run(self.folder, script, *flags, seconds=seconds)
 
     def n_parameters(self):
-        return parameters(self.size, self.vocabulary)
+        return self.n_given if self.given else parameters(self.size, self.vocabulary)
 
     def seconds(self, tokens, per_token=6):
         """An estimate: learning from a token takes 6 FLOPs a parameter, and reading it 2."""
@@ -99,11 +118,15 @@ class Scale:
         write_file(path, "".join(json.dumps(record) + "\n" for record in records))
         return path
 
+    def kinds(self):
+        """{group of a comparison: its kind of question}, where kinds are known."""
+        return {}
+
     # ---- Models
 
     def rate(self):
-        """A tenth of the language model's learning rate, which is train_lm.py's default."""
-        return f"{plan.lm_rate(SIZES[self.size][1]) / 10:.3g}"
+        """The learning rate of all arms: a part of the language model's, which is train_lm.py's default."""
+        return self.given_rate if self.given else f"{SMALL_RATE * plan.lm_rate(SIZES[self.size][1]):.3g}"
 
     def train_pm(self, init, *flags, held_out, comparisons):
         """A preference model, or an imitation, that sees about so many comparisons. A binarised one is
@@ -207,7 +230,7 @@ class Toy(Scale):
     flops, vocabulary, tokens = 1.1e11, 1500, 60  # as measured with models this small
     ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
     sources = {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the paper's proportions
-    comparisons, tested, much = 5600, 2400, ()
+    comparisons, tested = 5600, 2400
     amounts, ks = (100, 500, 1500, 5000), (1, 2, 4, 8, 16)
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
@@ -217,7 +240,7 @@ class Toy(Scale):
         return "--prompt", f"toy:{self.seed}"
 
     def kinds(self):
-        """{group of a comparison, as evaluations write it: its kind of question}, in all worlds the same."""
+        """As evaluations write groups; in all worlds the same."""
         questions = build_world(0).asked.values()
         return {f"{hash64(question.group):016x}": question.kind for kind in questions for question in kind}
 
@@ -287,30 +310,14 @@ class Small(Scale):
         if not args.data or not Path(args.data).is_dir():
             why = f"; {args.data} is no folder" if args.data else ""
             raise InputError(f"{self.name} needs --data DIR, the folder of the published files{why}")
-        self.files, self.given = Path(args.data).resolve(), Path(args.lm).resolve() if args.lm else None
-        if self.given:
-            self.measure_given_model(args)
+        self.files = Path(args.data).resolve()
+        if self.given:  # it can read a longer prompt, and takes longer
+            self.prompt = "--prompt", "hhh", "--prompt_tokens", 1500
+            self.distillation = "--sequences", 512, "--ctx", 256
         self.ranked = tuple(name for name in RANKED if name in args.sets)
         self.binary = tuple(name for name in BINARY if name in args.sets)
         self.targets = self.ranked + self.binary
         self.large = tuple(name for name in self.targets if name not in FEW)
-
-    def measure_given_model(self, args):
-        """Set what depends on the given model's size, and the settings that go with one which knows much
-        more than those that are trained here, and takes longer."""
-        model = checkpoint.load_lm(self.given)[0]
-        self.n_given = model.n_params()[1]
-        self.size = count_label(self.n_given)  # with its tables, as its name has it
-        self.sizes = args.sizes = [self.size]
-        self.given_rate = f"{GIVEN_RATE * plan.lm_rate(model.config.d_model):.3g}"
-        self.prompt = "--prompt", "hhh", "--prompt_tokens", 1500
-        self.distillation = "--sequences", 512, "--ctx", 256
-
-    def n_parameters(self):
-        return self.n_given if self.given else super().n_parameters()
-
-    def rate(self):
-        return self.given_rate if self.given else super().rate()
 
     def lm(self):
         return self.given or self.run("train_lm.py", "--data", self.data("lm"), "--size", self.size,
@@ -333,6 +340,44 @@ class Small(Scale):
 
     def toxicity_scorer(self):
         return ()  # Detoxify, where it is installed
+
+
+class Own(Scale):
+    """Comparisons of one's own, and a model to start from (--lm). For pmp-curve also public comparisons to
+    pre-train on (--public)."""
+    default_sizes = ()
+    only = "ranked-beats-imitation", "calibration", "pmp-curve", "ensembles"
+    ranked = targets = ("own",)
+    amounts = (100, 500, 1500, 5000)
+
+    def __init__(self, args):
+        if not (args.data and args.lm):
+            raise InputError("own needs --data FILE, your comparisons, and --lm MODEL, to start from")
+        super().__init__(args)
+        self.files = {"own": Path(args.data).resolve()}
+        self.files |= {f"public {i}": Path(path).resolve() for i, path in enumerate(args.public)}
+        self.sources = {name: None for name in self.files if name != "own"}
+        n = sum(1 for _ in read_lines(self.files["own"]))
+        self.tested = round(self.held_out("own") * n)
+        self.comparisons = n - self.tested
+        # Groups are held out whole, so it is not known yet how many comparisons are left to train on.
+        self.amounts = [amount for amount in self.amounts if amount <= 0.8 * self.comparisons]
+        self.few = max([amount for amount in self.amounts[:-1] if amount <= 500], default=None)
+        self.large = self.targets if self.few else ()
+
+    def pre_trained(self):
+        if not self.sources:
+            raise InputError("it needs --public, comparisons to pre-train on")
+        return super().pre_trained()
+
+    def lm(self):
+        return self.given
+
+    def data(self, name):
+        return self.files[name]
+
+    def held_out(self, name):
+        return 0.3
 
 
 class Gpu(Small):

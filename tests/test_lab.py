@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_jsonl
+from conftest import ROOT, run, run_refused, write_jsonl
 
 import checkpoint
 import lab
@@ -583,7 +583,7 @@ def test_a_given_model_takes_the_place_of_those_that_are_trained(tmp_path, publi
     assert done.returncode == 0, done.stderr
     assert "train_lm.py" not in done.stdout
     rates = set(re.findall(r"--lr (\S+)", done.stdout))
-    assert rates == {f"{scales.GIVEN_RATE * plan.lm_rate(checkpoint.load(lm)[0].config.d_model):.3g}"}
+    assert rates == {f"{scales.SMALL_RATE * plan.lm_rate(checkpoint.load(lm)[0].config.d_model):.3g}"}
     args = argparse.Namespace(data=published, lm=lm, sets=["hh"], out=tmp_path, seeds=1, many_seeds=1,
                               sizes=["0.8m"])
     given = scales.Small(args)
@@ -591,16 +591,42 @@ def test_a_given_model_takes_the_place_of_those_that_are_trained(tmp_path, publi
     assert scales.size_label(given.size) == given.size
 
 
+def tiny_lab(folder, *settings):
+    """A script like lab.py with other settings of its scales; its first argument is the project's folder."""
+    script = folder / "tiny.py"
+    script.write_text("\n".join([
+        "import sys; sys.path.insert(0, sys.argv.pop(1))", "import lab", "from claims import scales",
+        "from data.errors import run_main", *settings,
+        "if __name__ == '__main__':", "    run_main(lab.main)", ""]))
+    return script
+
+
+def test_the_claims_of_ones_own_data(tmp_path, lm, comparisons_file):
+    """The same file serves as public data here."""
+    script = tiny_lab(tmp_path, "scales.Own.amounts = (10, 20)")
+    done = run(script, ROOT, "own", "--data", comparisons_file, "--init", lm, "--public", comparisons_file,
+               "--seeds", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "own/report.md").read_text()
+    for name in scales.Own.only:
+        assert f"## {name}\n" in report and (tmp_path / f"own/{name}.png").exists()
+    assert "at 10: pre-trained minus without" in report
+
+
+@pytest.mark.parametrize("flags, why", [
+    (("own",), "own needs --data FILE"), (("own", "--data", "mine.jsonl"), "--lm MODEL"),
+    (("own", "--data", "mine.jsonl", "--lm", "nowhere"), "nowhere: no such checkpoint"),
+    (("toy", "--lm", "out/lm"), "toy trains its own"), (("own", "core"), "no claim 'prompt-helps'")])
+def test_flags_that_do_not_go_with_a_scale_are_refused(flags, why):
+    assert why in run_refused("lab.py", *flags)
+
+
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
     """With the steps and amounts of a test; verdicts are printed as soon as their runs are done."""
-    script = tmp_path / "tiny.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, sys.argv.pop(1))\nimport lab\nfrom claims import scales\n"
-        "from data.errors import run_main\n"
-        "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)\n"
-        "scales.Small.few, scales.Small.much = 20, ('--steps', 2)\n"
-        "scales.Small.pmp = ('--batch', 8, '--steps', 2)\n"
-        "if __name__ == '__main__':\n    run_main(lab.main)\n")
+    script = tiny_lab(
+        tmp_path, "scales.Small.few, scales.Small.much = 20, ('--steps', 2)",
+        "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
+        "scales.Small.pmp = ('--batch', 8, '--steps', 2)")
     claims = ("calibration", "pmp-sample-efficiency", "code-tax")
     done = run(script, ROOT, "small", *claims, "--data", published, "--sets", "hellaswag", "hh",
                "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
