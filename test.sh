@@ -9,4 +9,6 @@ if ! cmp -s requirements.txt .venv/requirements.installed; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/requirements.installed
 fi
-exec .venv/bin/python -m pytest -q "$@"
+# One test process for each core, each with one thread. A file's tests stay together, as they share what is slow to make.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -q -n auto --dist loadfile "$@"

@@ -21,7 +21,7 @@ TINY = {
                    "--held_out 0.001",
     "train_pm.py": "--size test --steps 2 --batch 4 --dtype fp32",
     "distill.py": "--sequences 64 --batch 8 --steps 2 --ctx 48 --prompt_tokens 160 --dtype fp32",
-    "lab.py": "--dry_run --seeds 2",
+    "lab.py": "--dry_run --seeds 1",
     "chat.py": "--prompt_tokens 160",
 }
 
