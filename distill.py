@@ -77,7 +77,7 @@ def main():
     args = parse_args()
     ranks = start(args.device)
     text_files, dialogue_files, prompt_name = find_sources(args)
-    resumed = trainer.resumed(args, "lm", text_files + dialogue_files)
+    resumed = trainer.resumed(args, ranks, "lm", text_files + dialogue_files)
     model, tokenizer, meta = checkpoint.load_lm(args.init)
     if tokenizer.chat:
         raise InputError(f"{args.init}: was trained with --chat; distillation needs a model of plain dialogues")

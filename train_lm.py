@@ -56,7 +56,7 @@ def main():
     args = parse_args()
     ranks = start(args.device)
     files = toy.find_data(args.data, "lm.jsonl")
-    resumed = trainer.resumed(args, "lm", files)
+    resumed = trainer.resumed(args, ranks, "lm", files)
     if resumed:
         model, tokenizer, meta = resumed
     elif args.init:

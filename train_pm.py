@@ -111,7 +111,7 @@ def main():
     sources = [toy.find_data([path], toy_name) for path in args.data]
     files = list(dict.fromkeys(file for source in sources for file in source))
     wants_head = args.objective != "imitation"
-    model, tokenizer, earlier_meta, is_resumed = build_model(args, files, wants_head, ranks.device)
+    model, tokenizer, earlier_meta, is_resumed = build_model(args, ranks, files, wants_head)
     if args.chat:
         tokenizer.use_chat()
     model.dtype = pick_dtype(args.dtype, ranks.device)
@@ -205,10 +205,10 @@ def check_flags(args):
         raise InputError("give one of --sizes, --weights and --pairs")
 
 
-def build_model(args, files, wants_head, device):
+def build_model(args, ranks, files, wants_head):
     """(model, tokenizer, meta of the checkpoint that it comes from or None, True if a stopped run goes
     on)."""
-    earlier = trainer.resumed(args, "pm" if wants_head else "lm", files)
+    earlier = trainer.resumed(args, ranks, "pm" if wants_head else "lm", files)
     if earlier:
         return *earlier, True
     if args.init:
@@ -217,7 +217,7 @@ def build_model(args, files, wants_head, device):
         return model, tokenizer, meta, False
     text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)
-    return plan.fresh_model(args, tokenizer, args.ctx or 1024, device, wants_head), tokenizer, None, False
+    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks.device, wants_head), tokenizer, None, False
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def trained_on(earlier, files, held_out):
     return entries + [entry for entry in (earlier or {}).get("trained_on", []) if entry not in entries]
 
 
-def resumed(args, kind, files):
+def resumed(args, ranks, kind, files):
     """(model, tokenizer, meta) of the run in --out if --resume is given and there is a checkpoint, else None.
 
     Raises InputError if --out holds a run and --resume is missing, or if the flags or the content of the data
@@ -49,7 +49,8 @@ def resumed(args, kind, files):
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
         return None
-    os.close(lock_folder(out))  # names a run that is still writing
+    if ranks.main():  # for all: ranks that asked at one moment would take each other for another run
+        os.close(lock_folder(out))  # names a run that is still writing
     if not args.resume:
         raise InputError(f"{out}: holds a run already; give --resume to go on with it, or another --out")
     if not any(out.glob("step-*")) and not (out / "meta.json").exists():

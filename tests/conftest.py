@@ -112,15 +112,15 @@ def run_refused(name, *flags, exit_code=2, **settings):
     return done.stderr
 
 
-def run_ranks(name, *flags, n=2):
+def run_ranks(name, *flags, n=2, before=None):
     """Run n processes that train together, as torchrun does. Returns what the first one printed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    ranks = [Running(name, *flags, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+    ranks = [Running(name, *flags, before=before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                      LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n)]
     done = [rank.result() for rank in ranks]
-    assert [d.returncode for d in done] == [0] * n, done
+    assert [d.returncode for d in done] == [0] * n, "\n".join(d.stderr for d in done)
     return done[0].stdout
 
 

@@ -17,6 +17,7 @@ from conftest import (LM_FLAGS, Running, losses, make_comparisons, metrics, proc
                       read_meta, run, run_ranks, run_refused, run_well, write_jsonl)
 
 import checkpoint
+import trainer
 from data.errors import InputError
 from data.packing import step_examples
 from model import GPT
@@ -110,6 +111,17 @@ def slow_steps():
     before_optimizer_step(lambda step: time.sleep(0.1))
 
 
+def hold_locks_long():
+    """Whoever asks whether another run is writing takes half a second."""
+    lock = trainer.lock_folder
+
+    def slow(out):
+        folder = lock(out)
+        time.sleep(0.5)
+        return folder
+    trainer.lock_folder = slow
+
+
 def give_nan_for_tildes():
     """In training the hidden states of a row with a "~" are NaN."""
     forward = GPT.forward
@@ -190,7 +202,8 @@ def test_two_ranks_resume_where_a_rank_has_nothing_to_do(lm, tmp_path):
     data = write_jsonl(tmp_path / "five.jsonl", rankable_comparisons(5))
     args = ("--init", lm, "--data", data, "--held_out", 0, "--dtype", "fp32", "--batch", 2, "--save_every", 1)
     killed("train_pm.py", *args, "--out", tmp_path / "two", kill=kill_at_step, n=3)
-    assert "resumed after step 2" in run_ranks("train_pm.py", *args, "--out", tmp_path / "two", "--resume")
+    assert "resumed after step 2" in run_ranks("train_pm.py", *args, "--out", tmp_path / "two", "--resume",
+                                                  before=hold_locks_long)
     run_well("train_pm.py", *args, "--out", tmp_path / "one")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
 
