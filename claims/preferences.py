@@ -97,12 +97,10 @@ def calibration(lab):
 def accuracy_at_k(lab):
     """Section 3.3: the best of k samples by a preference model's score is right more often than the best by
     imitation's log-prob."""
-    learned, samples = lab.candidates
-
     def choose(one, model):
-        return one.evaluate("rerank", model, "--data", one.data(samples))
-    ranked = lab.arm(lambda one: choose(one, one.pm(learned)))
-    imitation = lab.arm(lambda one: choose(one, one.imitation(learned)))
+        return one.evaluate("rerank", model, "--data", one.candidates(), "--k", *lab.ks)
+    ranked = lab.arm(lambda one: choose(one, one.pm(one.chosen_for)))
+    imitation = lab.arm(lambda one: choose(one, one.imitation(one.chosen_for)))
     yield ranked, imitation
 
     def right(item, key):

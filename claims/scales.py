@@ -233,7 +233,7 @@ class Toy(Scale):
     comparisons, tested = 5600, 2400
     amounts, ks = (100, 500, 1500, 5000), (1, 2, 4, 8, 16)
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
-    contexts, judged, candidates = "hhh", "ranked", ("binary", "samples")
+    contexts, judged, chosen_for = "hhh", "ranked", "binary"
 
     @property
     def prompt(self):
@@ -261,6 +261,11 @@ class Toy(Scale):
 
     def held_out(self, name):
         return toy.HELD_OUT
+
+    def candidates(self):
+        return self.run(
+            "-m data.prepare toy-answers", "--raw", f"toy:{self.seed}", "--model", self.imitation("binary"),
+            "--n", max(self.ks), "--max_new", self.max_new, "--seed", self.seed, seconds=15)
 
     def toxicity_scorer(self):
         return "--scorer", self.pm("manners", "--objective", "binary")
@@ -301,7 +306,7 @@ class Small(Scale):
     comparisons, tested, much = 500, 600, ("--pairs", 500, "--batch", 8)
     amounts, ks = (500, 5000), (1, 2, 4)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
-    contexts, judged, candidates = "hh", "hh", ("code", "code")
+    contexts, judged, chosen_for = "hh", "hh", "code"
     learn, lm_tokens = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500), 12.3e6
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
 
@@ -337,6 +342,9 @@ class Small(Scale):
 
     def held_out(self, name):
         return HELD_OUT.get(name, 0.3)
+
+    def candidates(self):
+        return self.data("code")
 
     def toxicity_scorer(self):
         return ()  # Detoxify, where it is installed

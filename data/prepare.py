@@ -44,6 +44,7 @@ SOURCES = {  # name: (module, its function that yields the records, its function
     "reddit": ("data.sources.reddit", "records", "add_flags"),
     "wikipedia": ("data.sources.wikipedia", "records", "add_flags"),
     "human-vs-model": ("evals.human_vs_model", "records", "add_flags"),  # this one runs a model
+    "toy-answers": ("evals.toy_answers", "records", "add_flags"),  # so does this one
     "code-correctness": ("evals.correctness", "records", "add_flags"),  # this one runs programs
 }
 TEST_SPLIT = re.compile("(^|[^a-z])test([^a-z]|$)")
@@ -103,6 +104,7 @@ def parse_args():
     if add_flags:
         getattr(module, add_flags)(parser)
     args = parser.parse_args()
+    args.named = args.raw  # a name may stand for a file, such as a toy world's
     if hasattr(module, "find_raw"):
         args.raw = module.find_raw(args.raw)
     if not 0 <= args.max_bad <= 1:

@@ -323,9 +323,9 @@ class Published(scales.Small):
 
 
 def words(run):
-    """All flags of a run and of those that it needs."""
+    """All flags of a run and of the models that it needs."""
     return [str(flag) for flag in run.flags if not isinstance(flag, Run)] + [
-        word for need in run.needs for word in words(need)]
+        word for need in run.needs if need.trains for word in words(need)]
 
 
 def made_up_result(run, skill, n=240):

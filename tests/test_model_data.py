@@ -1,9 +1,16 @@
 """Comparisons that need a sandbox or a model: code correctness, and human texts against a model's samples."""
+import random
+from argparse import Namespace
+
 import pytest
 from conftest import convert, load, make_comparisons, read_jsonl, run_refused, run_well, write_jsonl
 
+from data.comparisons import hash64
 from data.errors import InputError
-from evals import correctness, human_vs_model
+from data.sources.count import Count
+from data.toy.words import TONES
+from data.toy.world import HELD_OUT, answer, build_world, open_turn
+from evals import correctness, human_vs_model, toy_answers
 
 # Problems of MBPP and HumanEval
 ADD = {"task_id": 1, "text": "Add two numbers.", "test_setup_code": "",
@@ -270,3 +277,40 @@ def test_prepare_writes_both_kinds(tmp_path, lm, comparisons_file):
     line = run_refused(*args, "--model", tmp_path / "none", "--out", tmp_path / "none.jsonl")
     assert "no such checkpoint folder" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.jsonl", "mbpp.jsonl", "model.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers to a toy world's questions
+
+
+def test_right_answers_are_those_that_the_world_draws_as_right_in_every_tone():
+    world, rng = build_world(12), random.Random(0)
+    questions = [question for kind in ("fact", "riddle", "harm", "task", "sum") for question in world.held[kind]]
+    for question in rng.sample(questions, 200):
+        right = toy_answers.right_answers(question)
+        for content in ("right", "wrong", "offtopic", "vague"):
+            drawn = {answer(rng, world, question, content, tone)[0] for tone in TONES}
+            assert drawn <= right if content == "right" else not drawn & right
+
+
+def test_a_models_answers_are_marked_by_the_world(tmp_path, monkeypatch):
+    """The stand-in for sampling answers each question rightly, wrongly, and with nothing."""
+    world, rng = build_world(3), random.Random(0)
+    asked = {open_turn(question): question for kind in world.held.values() for question in kind}
+
+    def say(subject, contexts, args, **settings):
+        return [[" " + answer(rng, world, asked[context], content, "kind")[0]
+                 for content in ("right", "wrong")] + [""] for context in contexts]
+    monkeypatch.setattr(toy_answers, "samples", say)
+    monkeypatch.setattr(toy_answers, "load_subject", lambda *args: None)
+    found = list(toy_answers.records(toy_answers.find_raw(["toy:3"]), Namespace(named=["toy:3"], contexts=None),
+                                     Count()))
+    assert len(found) == 150 and all(record["scores"] == [1, 0, 0] for record in found)
+    assert all(hash64(record["group"]) < HELD_OUT * 2**64 for record in found)
+
+
+def test_prepare_asks_a_model_the_questions_of_a_toy_world(tmp_path, lm):
+    args = ("data/prepare.py", "toy-answers", "--model", lm, "--n", 3, "--max_new", 4, "--out", tmp_path / "a.jsonl")
+    printed = run_well(*args, "--raw", "toy:3")
+    assert "of 450 samples are right" in printed and "150 comparisons of 150 records read" in printed
+    assert "asks the questions of a toy world; give toy or toy:SEED" in run_refused(*args, "--raw", "mine.jsonl")
