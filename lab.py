@@ -47,7 +47,17 @@ SCALES = {"toy": Toy, "small": Small, "own": Own, "gpu": Gpu, "paper": None}
 
 def statement(name):
     """What a claim says: the first paragraph of its docstring, on one line."""
-    return " ".join(CLAIMS[name].__doc__.split("\n\n")[0].split())
+    return paragraphs(name)[0]
+
+
+def explanation(name):
+    """Why a claim does not hold, or cannot be told, on the toy world: the rest of its docstring."""
+    return " ".join(paragraphs(name)[1:])
+
+
+def paragraphs(name):
+    """The paragraphs of a claim's docstring, each on one line."""
+    return [" ".join(paragraph.split()) for paragraph in CLAIMS[name].__doc__.split("\n\n")]
 
 
 def parse_args():
@@ -129,7 +139,8 @@ def main():
         for name in runs:
             bad = [failed[run.key] for run in runs[name] if run.key in failed]
             if name not in results and (bad or all(run.done for run in runs[name])):
-                results[name] = bad[0] if bad else concluded(claims[name])
+                why = explanation(name) if args.scale == "toy" else ""
+                results[name] = bad[0] if bad else concluded(claims[name], why)
                 tqdm.write(summary(name, results[name]))
                 sys.stdout.flush()
     tell_verdicts({})
@@ -151,7 +162,7 @@ def all_runs(nest):
             yield from all_runs(part)
 
 
-def concluded(claim):
+def concluded(claim, explanation=""):
     """The Outcome of a claim whose runs are done, with its picture; or why there is none, which must not
     cost the other claims theirs."""
     try:
@@ -160,7 +171,7 @@ def concluded(claim):
         outcome = done.value
     except (InputError, KeyError, ValueError, IndexError, OSError) as error:
         return f"{type(error).__name__}: {error}"
-    outcome.png = picture(outcome)
+    outcome.png, outcome.explanation = picture(outcome), explanation
     return outcome
 
 

@@ -306,12 +306,13 @@ class Outcome:
 
     parts: Findings on all that its sentence says. premises: Findings without which the parts tell nothing.
     beside: others worth seeing. panels: {title: Panel}. untested: what these runs cannot say of the
-    sentence."""
+    sentence. explanation: why it does not hold or cannot be told at this scale, and what would decide."""
     parts: list
     premises: list
     beside: list
     panels: dict
     untested: str = ""
+    explanation: str = ""
     png: bytes = b""
 
     @property

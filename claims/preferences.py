@@ -61,7 +61,13 @@ def ranked_beats_imitation(lab):
 
 
 def binary_equals_imitation(lab):
-    """Section 3.3: on binary data a preference model is right about as often as imitation."""
+    """Section 3.3: on binary data a preference model is right about as often as imitation.
+
+    On the toy world the mean hides what the kinds of questions show: answers that can be checked against the
+    question, such as lists and sums, are told better by a reward, and facts by imitation, which learns from
+    every word of an answer. Models that know the facts before they see comparisons would decide whether the
+    paper's equality is more than such a sum.
+    """
     arms = against_imitation(lab, lab.binary)
     yield arms
     right, sentence = with_rulers(arms), "preference model = imitation"
@@ -74,7 +80,11 @@ def binary_equals_imitation(lab):
 
 def calibration(lab):
     """Section 2.1: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is
-    better."""
+    better.
+
+    On the toy world models are right a little more often than they say, and the interval reaches further
+    than the 3 points that count as calibrated. Some thirty worlds would decide.
+    """
     arm = ranked_models(lab, lab.ranked)[lab.size]
     yield arm
     given, right, pairs = {}, {}, {}

@@ -135,7 +135,11 @@ def tax(arms, figure, learned, unit="points", within=3.0):
 
 def alignment_tax(lab):
     """Section 2.2: behind the prompt small models are worse at telling a text's last word; large ones are
-    not."""
+    not.
+
+    On the toy world the smaller model loses about as much as the 0.1 nats that count as nothing, and not in
+    every world. A few more worlds, or a still smaller model, would decide.
+    """
     arms = {"plain": lab.by_size(lambda one: one.last_words(one.lm())),
             "prompted": lab.by_size(lambda one: one.last_words(one.lm(), prompted=True))}
     yield arms

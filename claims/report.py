@@ -122,7 +122,8 @@ def verdict_line(outcome):
     elif deciding and len(outcome.parts) > 1:
         why = f", because of {len(deciding)} of {len(outcome.parts)} parts: {'; '.join(deciding)}"
     untested = f" Not tested: {outcome.untested}." if outcome.untested else ""
-    return f"Verdict: *{outcome.verdict}*{why}.{untested}"
+    explanation = f" {outcome.explanation}" if outcome.verdict != "holds" else ""
+    return f"Verdict: *{outcome.verdict}*{why}.{untested}{explanation}"
 
 
 def caption(outcome):

@@ -16,7 +16,7 @@ from claims import findings, runs, scales
 from claims.figures import draw_panel, picture
 from claims.findings import (
     Estimate, Finding, Outcome, Panel, compared, finding, growing, mean, minus, outcome, over_seeds)
-from claims.report import introduction, write_report
+from claims.report import introduction, verdict_line, write_report
 from claims.runs import Run, execute, needed
 from evals import pm
 
@@ -475,7 +475,7 @@ def test_the_report_is_one_file_and_tells_failures(tmp_path):
     panel = Panel({"": {"a": [49, 51], "b": [54, 56]}}, "accuracy, %")
     part = finding("b minus a", ">", Estimate(5.0, 2.0, 8.0, data="9 items in 3 groups, 3 seeds"))
     told = Outcome([part], [], [finding("c", ">", over_seeds([1.0, 1.0]))], {"": panel}, "what <is> left")
-    told.png = picture(told)
+    told.png, told.explanation = picture(told), "Because of the weather."
     results = {"it-holds": ("It holds.", told),
                "it-failed": ("It fails.", "train_pm.py: exit code 2: no <data>")}
     write_report(tmp_path, args, results)
@@ -490,6 +490,10 @@ def test_the_report_is_one_file_and_tells_failures(tmp_path):
     claim = json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]
     assert claim["verdict"] == claim["findings"][0]["verdict"] == "holds"
     assert claim["findings"][1]["low"] is None
+    assert "weather" not in text  # nothing has to be explained where a claim holds
+    told.parts = [finding("b minus a", ">", Estimate(-5.0, -8.0, -2.0))]
+    assert verdict_line(told) == (
+        "Verdict: *does not hold*. Not tested: what <is> left. Because of the weather.")
 
 
 def test_the_report_says_how_many_verdicts_chance_makes():
@@ -515,6 +519,7 @@ def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
     text = run("lab.py", "-h").stdout
     for name, claim in lab.CLAIMS.items():
         assert name in text and claim.__doc__.startswith(("Section", "Appendix"))
+        assert not lab.explanation(name) or lab.explanation(name) not in text
     listed = run("lab.py", "toy", "prompt-helps", "--dry_run", "--out", tmp_path, "--seeds", 2).stdout
     assert "12 runs, 12 of them still to do" in listed
     assert listed.count("train_lm.py") == 4 and listed.count("--prompt") == 4
