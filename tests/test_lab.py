@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, run_refused, write_jsonl
+from conftest import ROOT, make_comparisons, run, run_refused, write_jsonl
 
 import checkpoint
 import lab
@@ -616,6 +616,20 @@ def test_the_claims_of_ones_own_data(tmp_path, lm, comparisons_file):
     for name in scales.Own.only:
         assert f"## {name}\n" in report and (tmp_path / f"own/{name}.png").exists()
     assert "at 10: pre-trained minus without" in report
+
+
+def test_the_claim_of_the_documentation(tmp_path, lm):
+    """The script of docs/claims.md, by the command that stands there."""
+    text = (ROOT / "docs/claims.md").read_text()
+    (code,), (command, *_) = (re.findall(f"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "sh"))
+    assert sum(map(bool, map(str.strip, code.splitlines()))) <= 20
+    script = tmp_path / "my_lab.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    mine = write_jsonl(tmp_path / "mine.jsonl", make_comparisons(100))
+    flags = command.replace("mine.jsonl", str(mine)).replace("out/lm", str(lm)).split()[2:]
+    done = run(script, *flags, "--seeds", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "- part: all minus 50: " in (tmp_path / "own/report.md").read_text()
 
 
 @pytest.mark.parametrize("flags, why", [
