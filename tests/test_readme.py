@@ -21,7 +21,7 @@ TINY = {
                    "--held_out 0.001",
     "train_pm.py": "--size test --steps 2 --batch 4 --dtype fp32",
     "distill.py": "--sequences 64 --batch 8 --steps 2 --ctx 48 --prompt_tokens 160 --dtype fp32",
-    "lab.py": "--dry_run --seeds 1",
+    "lab.py": "prompt-helps --dry_run --seeds 1",
     "chat.py": "--prompt_tokens 160",
 }
 
@@ -35,10 +35,12 @@ def test_the_readme_is_short_and_names_the_tests():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the README calls the reader's own data."""
+    """A folder with what the README calls the reader's own data, and with people's votes."""
     folder = tmp_path_factory.mktemp("readme")
     write_jsonl(folder / "my_texts.jsonl", make_texts())
-    write_jsonl(folder / "my_comparisons.jsonl", make_comparisons())
+    for name in ("my_comparisons.jsonl", "votes.jsonl"):
+        write_jsonl(folder / name, make_comparisons())
+    (folder / "games.csv").write_text("model_a,model_b,winner\nlm,distilled,lm\nlm,distilled,distilled\n")
     return folder
 
 
@@ -47,7 +49,7 @@ def tiny(command, folder):
     words = shlex.split(command)
     words = words[1:] if words[0] == "python" else words[3:]  # torchrun --nproc_per_node N
     script, *flags = words if words[0] != "-m" else [" ".join(words[:2]), *words[2:]]
-    files = {flag: folder / flag for flag in flags if flag.startswith("out/") or flag.endswith(".jsonl")}
+    files = {flag: folder / flag for flag in flags if flag.startswith("out/") or flag.endswith((".jsonl", ".csv"))}
     files["my_texts/"] = folder / "my_texts.jsonl"
     flags = [str(files.get(flag, flag)) for flag in flags]
     extra = shlex.split(TINY.get(script, ""))
