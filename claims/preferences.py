@@ -106,7 +106,13 @@ def calibration(lab):
 
 def accuracy_at_k(lab):
     """Section 3.3: the best of k samples by a preference model's score is right more often than the best by
-    imitation's log-prob."""
+    imitation's log-prob.
+
+    On the toy world the samples are those of the imitation model itself, so its log-prob finds the answer
+    that it gives most often, without the slips of sampling, while the preference model has learned from other
+    texts and is only a little better than a random choice. Preference models that learn from comparisons of
+    such samples would decide.
+    """
     def choose(one, model):
         return one.evaluate("rerank", model, "--data", one.candidates(), "--k", *lab.ks)
     ranked = lab.arm(lambda one: choose(one, one.pm(one.chosen_for)))

@@ -31,7 +31,7 @@ from data.toy.world import build_world
 from model import SIZES
 
 # The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
-# parameters and more (results/LOG.md).
+# parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for both objectives (results/LOG.md).
 SMALL_RATE, GIVEN_RATE = 0.1, 0.03
 CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
