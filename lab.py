@@ -27,7 +27,7 @@ import plan
 from claims import preferences, pretraining, prompting
 from claims.figures import picture
 from claims.report import summary, write_report
-from claims.runs import Run, cores, execute, needed
+from claims.runs import ROOT, Run, cores, execute, needed
 from claims.scales import BINARY, RANKED, Gpu, Own, Small, Toy, paper_plan
 from data.errors import InputError, Parser, run_main
 from data.files import write_file
@@ -147,7 +147,7 @@ def main():
     execute(everything, jobs, args.launch, gpus, after_each=tell_verdicts)
     folder = Path(args.out) / args.scale
     records = [(run.folder / "done.json").read_text() + "\n" for run in everything if run.done]
-    write_file(folder / "runs.jsonl", "".join(records))
+    write_file(folder / "runs.jsonl", "".join(records).replace(f"{ROOT}/", ""))
     write_report(folder, args, {name: (statement(name), results[name]) for name in claims})
     if any(isinstance(result, str) for result in results.values()):
         sys.exit(1)
