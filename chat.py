@@ -166,7 +166,7 @@ def chat(conversation):
                 break
             leaving = True
             print("\n(Ctrl-C again leaves, as /quit and Ctrl-D do)")
-        except (InputError, OSError) as error:  # the conversation goes on
+        except (InputError, OSError, ValueError) as error:  # the conversation goes on
             print(f"({error})")
     if at_terminal:
         print()

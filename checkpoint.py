@@ -22,13 +22,17 @@ import safetensors
 import torch
 
 from data.errors import InputError
-from data.files import read_json, write_file
+from data.files import fields, read_json, write_file
 from data.tokenizer import Tokenizer
 from formats.hf_folder import make_config, read_config, read_weights, weight_files, write_weights
 from formats.pretrained import read_pretrained
 from model import GPT
 
 # A large model has several weight files and their index in place of model.safetensors.
+META = {  # what meta.json holds of every run
+    "kind": str, "objective": str, "step": int, "n_steps": int, "metrics": dict, "flags": dict, "data": str,
+    "trained_on": [dict], "lm_lr": (float, None), "chat": (bool, None), "eoc": (bool, None),
+    "binarised": (bool, None)}
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt",
          "meta.json")
 
@@ -90,7 +94,7 @@ def read_checkpoint(folder):
     """(Config, {name: fp32 tensor}, tokenizer, meta) of a checkpoint that `save` wrote."""
     config = read_config(read_json(folder / "config.json"), folder / "config.json")
     tokenizer = Tokenizer.load(folder)
-    meta = _read_meta(folder / "meta.json")
+    meta = _read_meta(folder / "meta.json", "pm" if config.value_head else "lm")
     if meta.get("chat"):
         tokenizer.use_chat()
     if not tokenizer.n_vocab <= config.vocab_size <= 1.1 * tokenizer.n_vocab + 64:
@@ -109,20 +113,29 @@ def load_lm(place):
     return model, tokenizer, meta
 
 
-def _read_meta(path):
+def _read_meta(path, kind):
+    """The content of a meta.json. Raises InputError for what it lacks, and if it is not of this kind."""
     meta = read_json(path)
-    if not {"step", "kind"} <= meta.keys():
-        raise InputError(f"{path}: damaged: it lacks step or kind")
+    fields(meta, path, META)
+    for entry in meta["trained_on"]:
+        fields(entry, f"{path}: trained_on", {"file": str, "digest": str, "held_out": float})
+    if meta["kind"] != kind:
+        raise InputError(f"{path}: its kind is {meta['kind'][:20]!r}, but that of config.json is {kind!r}")
+    if not 0 <= meta["step"] <= meta["n_steps"]:
+        raise InputError(f"{path}: step {meta['step']} is none of a run of {meta['n_steps']} steps")
     return meta
 
 
 def load_train_state(folder):
     path = find(folder) / "train_state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a different type for each way a file can be damaged
         why = str(error)[:80]
         raise InputError(f"{path}: missing or damaged, so this run cannot go on ({why})") from None
+    optimizer, = fields(state if isinstance(state, dict) else {}, path, {"optimizer": dict})
+    fields(optimizer, f"{path}: optimizer", {"state": dict, "param_groups": [dict]})
+    return state
 
 
 def save(out, model, tokenizer, meta, train_state):

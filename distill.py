@@ -221,10 +221,11 @@ def text_pieces(text, tokenizer, ctx, seed):
 
 
 def documents(text, tokenizer):
-    """The documents of a Text, as strings."""
+    """The documents of a Text, as strings. Of the last one the end may be held out."""
     begin = 0
-    for end in np.flatnonzero(np.asarray(text.tokens) == tokenizer.eot).tolist():
-        yield tokenizer.decode(text.tokens[begin:end])
+    for end in [*np.flatnonzero(np.asarray(text.tokens) == tokenizer.eot).tolist(), len(text.tokens)]:
+        if end > begin:
+            yield tokenizer.decode(text.tokens[begin:end])
         begin = end + 1
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.files import build_once, content_key, read_records
-from data.text import find_special
+from data.text import refuse_special
 
 VERSION = 2  # of the cached arrays; raise it when their form changes, so that old caches are not read
 FORMS = '{"context", "completions", "scores"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}'
@@ -255,10 +255,7 @@ def _read(files, counts, progress):
         for line, record in read_records(path, progress):
             where = f"{path}:{line}"
             context, completions, scores, group = parse(record, where)
-            for text in (context, *completions):
-                if special := find_special(text):
-                    raise InputError(f"{where}: the text holds {special}, a special token; write it "
-                                     "differently there")
+            refuse_special(where, context, *completions)
             counts["comparisons"] += 1
             counts["completions"] += len(completions)
             counts["empty"] += sum(not c.strip() for c in completions)

@@ -1,5 +1,6 @@
 """Bad input is answered with one line and exit code 2. A traceback is for our own mistakes only."""
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -23,6 +24,9 @@ def run_main(main):
     """Call `main()`, as a script's last line does. What the user can mend ends in one line on stderr and
     exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what is no text
+        with contextlib.suppress(OSError):  # of a stream that was exchanged
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         return

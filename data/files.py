@@ -1,5 +1,7 @@
 """Files: finding, reading, hashing and writing them, and building a cached folder exactly once."""
 import bz2
+import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -124,6 +126,36 @@ def read_lines(path, progress=None):
     return split_lines(path, unpack(path, progress))
 
 
+def decode(line, where):
+    """The text of bytes. Raises InputError, which begins with `where`, if they are not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); is this a text "
+                         "file?") from None
+
+
+def valid_unicode(text):
+    """The text, with U+FFFD for half surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def load_json(text, **settings):
+    """The content of a JSON text, with U+FFFD for half surrogate pairs. Raises ValueError for what is no
+    JSON, or nested too deep. Settings are those of json.loads."""
+    try:
+        content = json.loads(text, **settings)
+        if "\\ud" in text or "\\uD" in text:  # it may be half a pair
+            content = json.loads(valid_unicode(json.dumps(content, ensure_ascii=False)))
+        return content
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def parse_json(path, number, line):
     """The JSON object in line `number` of a file. Raises InputError with file and line for anything else,
     and for the words NaN and Infinity, which Python reads as numbers although JSON does not have them."""
@@ -132,11 +164,8 @@ def parse_json(path, number, line):
 
     where = f"{path}:{number}"
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); is this a text "
-                         "file?") from None
-    except (ValueError, RecursionError) as error:
+        record = load_json(decode(line, where), parse_constant=refuse)
+    except ValueError as error:
         raise InputError(f"{where}: not a JSON object on one line ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object like {{…}}, found {str(record)[:40]!r}")
@@ -153,12 +182,49 @@ def read_records(path, progress=None):
 def read_json(path):
     """The JSON object that a file holds. Raises InputError with the file if it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        content = load_json(Path(path).read_text("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: missing or damaged ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+KINDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false",
+         dict: "an object", None: "missing"}
+
+
+def fields(record, where, kinds):
+    """The values of a record's fields, in the order of `kinds`, which says what each must be.
+
+    kinds: {name: kind}. A kind is a type of KINDS, where float admits whole numbers too; [kind] is a list of
+    such values, and (kind, kind) either of two. Raises InputError, which begins with `where`, for a field
+    that is missing or of another kind.
+    """
+    for name, kind in kinds.items():
+        if name not in record and not _is(None, kind):
+            found = ", ".join(map(repr, record))[:80] or "nothing"
+            raise InputError(f'{where}: no "{name}", which must be {_in_words(kind)} (found {found})')
+        if not _is(record.get(name), kind):
+            raise InputError(f'{where}: "{name}" must be {_in_words(kind)}, found '
+                             f"{str(record[name])[:40]!r}")
+    return [record.get(name) for name in kinds]
+
+
+def _is(value, kind):
+    if isinstance(kind, tuple):
+        return any(_is(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(item, kind[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return value is None if kind is None else type(value) is kind
+
+
+def _in_words(kind):
+    if isinstance(kind, tuple):
+        return " or ".join(map(_in_words, kind))
+    return f"a list, each item {_in_words(kind[0])}" if isinstance(kind, list) else KINDS[kind]
 
 
 def content_key(paths, *settings):
@@ -184,11 +250,35 @@ def file_digest(path):
     return digest
 
 
+def output_file(path):
+    """The place of a file that is to be written: the path without links. Raises InputError if a folder, a
+    device or a pipe stands there, which must not be replaced."""
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise InputError(f"{path}: this is a folder; give the name of a file")
+    if place.exists() and not place.is_file():
+        raise InputError(f"{path}: this is a device, a pipe or a socket, and not replaced; give the name of "
+                         "a file")
+    return place
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Give an error of a full disk, which names no file, this one's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(path)
+        raise
+
+
 def write_file(path, content):
     """Write bytes or text to a file, which appears when it is complete or not at all."""
-    path = Path(path)
+    path = output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
+    with naming(path), tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=path.name + ".", delete=False) as file:
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -202,11 +292,9 @@ def write_file(path, content):
 
 def check_writable(path):
     """Raise OSError or InputError if `write_file` could not write to `path`."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: this is a folder; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
+    place = output_file(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place.parent):
         pass
 
 
@@ -248,7 +336,8 @@ def build_once(name, build):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                build(partial)
+                with naming(partial):
+                    build(partial)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

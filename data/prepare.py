@@ -12,6 +12,7 @@ split: files named test are not read together with others, and each split has an
 """
 import argparse
 import contextlib
+import fcntl
 import gzip
 import http.client
 import importlib
@@ -30,8 +31,9 @@ import zstandard
 from tqdm import tqdm
 
 from data.errors import InputError, Parser, run_main
+from data.files import check_writable, naming, output_file, valid_unicode
 from data.sources.count import Count
-from data.text import find_special, valid_unicode
+from data.text import find_special
 
 SOURCES = {  # name: (module, its function that yields the records, its function that adds flags)
     "hh": ("data.sources.published", "hh", None),
@@ -52,6 +54,7 @@ TEST_SPLIT = re.compile("(^|[^a-z])test([^a-z]|$)")
 
 def main():
     args, module, records = parse_args()
+    check_writable(args.out)
     for path in args.raw:
         if args.download and not path.exists():
             fetch(address(args.name, module, path), path)
@@ -145,18 +148,26 @@ class Progress:
 def open_output(path):
     """A binary file to write to, compressed as its suffix says. It appears at `path` when it is complete,
     or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.partial")  # a killed run leaves it, and the next run writes over it
-    try:
-        with open(partial, "wb") as disk:
+    place = output_file(path)
+    partial = Path(f"{place}.partial")  # a killed run leaves it, and the next run writes over it
+    with naming(partial), open(partial, "ab") as disk:
+        try:
+            fcntl.flock(disk, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.stat(disk.fileno()), os.stat(partial)):
+                raise BlockingIOError  # it has been renamed since it was opened
+        except (BlockingIOError, FileNotFoundError):
+            raise InputError(f"{path}: another process is writing this file; wait for it, or give another "
+                             "--out") from None
+        try:
+            disk.truncate(0)
             with compressor(path, disk) as file:
                 yield file
             disk.flush()
             os.fsync(disk.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        os.replace(partial, place)
 
 
 def compressor(path, disk):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data import toy
 from data.errors import InputError
-from data.text import find_special
+from data.files import decode
+from data.text import refuse_special
 
 SEPARATOR = "\n\n-----"
 STOPS = ("\n\nHuman:", SEPARATOR)  # an answer ends where the human's turn or another conversation begins
@@ -29,14 +30,10 @@ def load_prompt(name):
     path = FOLDER / f"{name}.txt" if name in NAMES else Path(name)
     if not path.is_file():
         raise InputError(f"{path}: no such prompt file; give a text file or one of {', '.join(NAMES)}")
-    try:
-        text = path.read_text("utf-8").strip().removesuffix("-----").rstrip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (at byte {error.start}); is this a prompt?") from None
+    text = decode(path.read_bytes(), path).replace("\r\n", "\n").strip().removesuffix("-----").rstrip()
     if not text:
         raise InputError(f"{path}: the prompt is empty")
-    if special := find_special(text):
-        raise InputError(f"{path}: the prompt holds {special}, a special token; write it differently there")
+    refuse_special(path, text)
     return text + SEPARATOR
 
 

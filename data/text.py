@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.files import PACKED, build_once, content_key, parse_json, read_lines, write_file
+from data.files import PACKED, build_once, content_key, decode, parse_json, read_lines, write_file
 
 EOT, EOC = "<eot>", "<eoc>"  # ends a document; ends a completion (the paper's end-of-context token)
 PIECE = 2**20  # characters: a .txt file is one document of any size, and is read in pieces of about this size
@@ -28,18 +28,16 @@ class Text:
     n_bytes: int  # of their text in UTF-8
 
 
-def valid_unicode(text):
-    """The text, with U+FFFD for half surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def find_special(text):
     """The first of "<eot>" and "<eoc>" that the text holds, or None. The text would seem to end there."""
     return next((special for special in (EOT, EOC) if special in text), None)
+
+
+def refuse_special(where, *texts):
+    """Raise InputError, which begins with `where`, if one of the texts holds a special token."""
+    if special := next(filter(None, map(find_special, texts)), None):
+        raise InputError(f"{where}: the text holds {special}, a special token; write it differently there, "
+                         f"for example {special[:-1]} >")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -65,11 +63,9 @@ def read_pieces(files, progress=None):
         pieces = _txt_pieces(path, progress) if is_plain else _json_texts(path, progress)
         number = 0
         for number, text, ends in pieces:
-            if special := find_special(text):
-                if is_plain:
-                    number += text.count("\n", 0, text.index(special))
-                raise InputError(f"{path}:{number}: the text holds {special}, a special token; write it "
-                                 f"differently there, for example {special[:-1]} >")
+            if is_plain and (special := find_special(text)):
+                number += text.count("\n", 0, text.index(special))
+            refuse_special(f"{path}:{number}", text)
             yield path, number, text, ends
         if number == 0:
             raise InputError(f"{path}: no documents in this file")
@@ -86,7 +82,7 @@ def _json_texts(path, progress):
                              '{"text": "…"}, or .txt files')
         if not isinstance(record["text"], str):
             raise InputError(f'{path}:{number}: "text" must be a string, found {str(record["text"])[:40]!r}')
-        yield number, valid_unicode(record["text"]), True
+        yield number, record["text"], True
 
 
 def _txt_pieces(path, progress):
@@ -94,11 +90,7 @@ def _txt_pieces(path, progress):
     never includes the line end before it, and the last of several blanks is always a word of its own."""
     lines, size, first = [], 0, 1
     for number, line in read_lines(path, progress):
-        try:
-            line = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                             "is this a text file?") from None
+        line = decode(line, f"{path}:{number}")
         if size > PIECE and line and not line[0].isspace():
             yield first, "\n".join(lines), False
             lines, size, first = [""], 0, number - 1  # "": the line end before this line

@@ -12,7 +12,7 @@ A language model's score of an answer a to a question q is one of
 and a preference model's is its reward. The model reads all choices twice, with and without their questions;
 every rule is computed from these two.
 """
-import json
+import contextlib
 import re
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import torch
 
 from data.comparisons import parse
 from data.errors import InputError
-from data.files import find_files, read_lines, read_records
-from data.text import find_special
+from data.files import decode, fields, find_files, load_json, read_lines, read_records
+from data.text import refuse_special
 from evals import pm
 from evals.tables import csv_records
 
@@ -42,76 +42,79 @@ def as_dialogue(question):
     return "\n\nHuman: " + question + "\n\nAssistant:"
 
 
-def hhh(record):
+# Each function takes a record and its place, "file:line", and raises InputError for a record of another form.
+
+
+def choice(record, where):
+    """Comparisons are taken as they are; they may have a category."""
+    fields(record, where, {"category": (str, None)})
+    return record
+
+
+def hhh(record, where):
     """BIG-bench's examples, {"input", "target_scores": {answer: 0 or 1}}. A question may stand in several, so
     it is the group. Comparisons, such as our own items, are taken as they are."""
     if "target_scores" not in record:
-        return record
-    question, answers = record["input"], record["target_scores"]
+        return choice(record, where)
+    question, answers, category = fields(
+        record, where, {"input": str, "target_scores": dict, "category": (str, None)})
     return {"context": as_dialogue(question), "completions": [" " + answer for answer in answers],
-            "scores": list(answers.values()), "group": question, "category": record["category"]}
+            "scores": list(answers.values()), "group": question, "category": category}
 
 
-def truthfulqa(row):
+def truthfulqa(row, where):
     """Rows of TruthfulQA.csv. The best answer scores 2, other correct ones 1, incorrect ones 0."""
+    question, best, correct, incorrect = fields(
+        row, where, {"Question": str, "Best Answer": str, "Correct Answers": str, "Incorrect Answers": str})
     scores = {}
-    for column, score in (("Incorrect Answers", 0), ("Correct Answers", 1)):
-        scores |= {answer.strip(): score for answer in row[column].split(";") if answer.strip()}
-    scores |= {row["Best Answer"].strip(): 2}
-    return {"context": as_dialogue(row["Question"]), "completions": [" " + answer for answer in scores],
-            "scores": list(scores.values()), "group": row["Question"]}
+    for answers, score in ((incorrect, 0), (correct, 1)):
+        scores |= {answer.strip(): score for answer in answers.split(";") if answer.strip()}
+    scores |= {best.strip(): 2}
+    return {"context": as_dialogue(question), "completions": [" " + answer for answer in scores],
+            "scores": list(scores.values()), "group": question}
 
 
-def hellaswag(record):
+def hellaswag(record, where):
     """Asked as lm-evaluation-harness asks: the activity, then the text with a capital letter where its second
     part begins, and without the headings in brackets."""
     def without_headings(text):
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    has_parts = "ctx_a" in record
-    text = record["ctx_a"] + " " + record["ctx_b"].capitalize() if has_parts else record["ctx"]
-    label, endings = int(str(record["label"])), record["endings"]
-    if not isinstance(endings, list) or not 0 <= label < len(endings):
-        raise ValueError(f"the label {label} is no number of a list of endings")
-    return {"context": without_headings(record["activity_label"] + ": " + text),
+    parts = ("ctx_a", "ctx_b") if "ctx_a" in record else ("ctx",)
+    kinds = {"activity_label": str, "endings": [str], "label": (int, str)} | dict.fromkeys(parts, str)
+    activity, endings, label, text, *second = fields(record, where, kinds)
+    if str(label) not in map(str, range(len(endings))):
+        raise InputError(f"{where}: the label {str(label)[:20]} is no number of one of the {len(endings)} "
+                         "endings")
+    text = " ".join([text, *(part.capitalize() for part in second)])
+    return {"context": without_headings(activity + ": " + text),
             "completions": [" " + without_headings(ending) for ending in endings],
-            "scores": [int(i == label) for i in range(len(endings))], "group": record["activity_label"]}
+            "scores": [int(str(i) == str(label)) for i in range(len(endings))], "group": activity}
 
 
-def lambada(record):
+def lambada(record, where):
     """The last word is to be told from the text before it."""
-    before, word = record["text"].strip().rsplit(" ", 1)
+    before, _, word = fields(record, where, {"text": str})[0].strip().rpartition(" ")
+    if not before:
+        raise InputError(f'{where}: the "text" must have several words')
     return {"context": before, "completions": [" " + word], "scores": [1]}
 
 
-FORMS = {  # benchmark: how a record becomes a comparison, and what a record holds
-    "hhh": (hhh, "input, target_scores"), "hellaswag": (hellaswag, "ctx, endings, label, activity_label"),
-    "truthfulqa": (truthfulqa, "Question, Best Answer, Correct Answers, Incorrect Answers"),
-    "lambada": (lambada, "text of several words"), "choice": (dict, "context, completions, scores")}
+FORMS = {"hhh": hhh, "hellaswag": hellaswag, "truthfulqa": truthfulqa, "lambada": lambada, "choice": choice}
 
 
 def read_items(benchmark, files):
     """(items, lines): {"context", "completions", "scores", "group", "category"} for each record of a
     benchmark's files, and the numbers (C, 2) of its file and line. Raises InputError with file and line."""
-    convert, form = FORMS[benchmark]
     items, lines = [], []
     for file_number, path in enumerate(files):
         for number, record in _read_records(benchmark, path):
             where = f"{path}:{number}"
-            try:
-                record = convert(record)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise InputError(f"{where}: not a record of {benchmark} ({form}): {error!r}") from None
+            record = FORMS[benchmark](record, where)
             context, completions, scores, group = parse(record, where)
-            category = record.get("category")
-            if not isinstance(category, str | None):
-                raise InputError(f'{where}: "category" must be a text')
-            for text in (context, *completions):
-                if special := find_special(text):
-                    raise InputError(f"{where}: the text holds {special}, a special token; write it "
-                                     "differently there")
+            refuse_special(where, context, *completions)
             items.append({"context": context, "completions": completions, "scores": scores, "group": group,
-                          "category": category})
+                          "category": record.get("category")})
             lines.append((file_number, number))
     if not items:
         raise InputError(f"{files[0]}: no records in this file")
@@ -123,17 +126,15 @@ def _read_records(benchmark, path):
     folder's name is their category."""
     if ".csv" in Path(path).suffixes:
         return csv_records(path)
-    try:
-        task = json.loads(b"\n".join(line for _, line in read_lines(path))) if benchmark == "hhh" else None
-    except (ValueError, RecursionError):  # JSON lines, or broken: the line will be named
-        task = None
+    task = None
+    if benchmark == "hhh":
+        with contextlib.suppress(ValueError):  # JSON lines, or broken: the line will be named
+            task = load_json(decode(b"\n".join(line for _, line in read_lines(path)), path))
     if not isinstance(task, dict) or "examples" not in task:
         return read_records(path)
+    examples, = fields(task, path, {"examples": [dict]})
     category = {"category": Path(path).parent.name}
-    try:
-        return [(number, example | category) for number, example in enumerate(task["examples"], 1)]
-    except TypeError:
-        raise InputError(f'{path}: "examples" must be a list of {{input, target_scores}}') from None
+    return [(number, example | category) for number, example in enumerate(examples, 1)]
 
 
 def load_items(benchmark, paths, subject):

@@ -1,7 +1,6 @@
 """Programming problems with tests (Sections 2 and 3 of the paper): HumanEval, MBPP and QuixBugs, the prompts
 that ask for their solutions, and the estimators pass@k and accuracy@k."""
 import ast
-import json
 import math
 import textwrap
 import warnings
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import InputError
-from data.files import read_lines, read_records
+from data.files import decode, fields, load_json, read_lines, read_records
+from data.text import refuse_special
 
 NOT_CODE = (SyntaxError, ValueError, RecursionError, MemoryError)  # from ast, the latter two for deep nesting
 
@@ -31,11 +31,14 @@ class Problem(NamedTuple):
 
 def humaneval(path):
     """Yield the problems of HumanEval's JSON lines. InputError names a line that is none."""
+    texts = ("prompt", "canonical_solution", "test", "entry_point")
     for number, record in read_records(path):
-        prompt, solution, tests, name = _texts(f"{path}:{number}", record, "prompt", "canonical_solution",
-                                               "test", "entry_point")
+        where = f"{path}:{number}"
+        number, prompt, solution, tests, name = fields(
+            record, where, {"task_id": (int, str)} | dict.fromkeys(texts, str))
+        refuse_special(where, prompt)
         tests = f"{tests}\ncheck({name})\n"
-        yield Problem(str(record["task_id"]), prompt.rstrip() + "\n", solution, tests, name)
+        yield Problem(str(number), prompt.rstrip() + "\n", solution, tests, name)
 
 
 def mbpp(path):
@@ -44,10 +47,11 @@ def mbpp(path):
 
     Other functions and classes of the solution are given in the prompt where the tests use them.
     """
-    for number, record in read_records(path):
-        text, solution, setup = _texts(f"{path}:{number}", record, "text", "code", "test_setup_code")
+    kinds = {"task_id": (int, str), "text": str, "code": str, "test_setup_code": str, "test_list": [str]}
+    for line, record in read_records(path):
+        where = f"{path}:{line}"
+        number, text, solution, setup, tests = fields(record, where, kinds)
         try:
-            tests = record["test_list"]
             tree = parse(solution.replace("\r\n", "\n"))
             checks = [parse(test) for test in tests]
             name, = _names(checks[0]) & {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -57,11 +61,11 @@ def mbpp(path):
             after = [node for node in others if node not in given]
             prompt, body = _prompt_and_body(function, f"{text.strip()}\n\n{tests[0].strip()}")
             prompt, body = _source(given) + prompt, f"{body}\n{_source(after)}"
-        except (*NOT_CODE, IndexError, KeyError, TypeError) as error:
-            message = f"{path}:{number}: code and tests do not agree on one function ({error})"
-            raise InputError(message) from None
+        except (*NOT_CODE, IndexError) as error:
+            raise InputError(f"{where}: code and tests do not agree on one function ({error})") from None
+        refuse_special(where, prompt)
         tests = "\n".join([setup, *tests]).replace("\r\n", "\n")
-        yield Problem(f"MBPP/{record['task_id']}", prompt, body, tests, name)
+        yield Problem(f"MBPP/{number}", prompt, body, tests, name)
 
 
 # What QuixBugs' own tests do besides comparing results, from its python_testcases/test_NAME.py:
@@ -106,6 +110,7 @@ def quixbugs(path):
         correct = folder / "correct_python_programs" / source.name
         _, after, _, body = _quixbugs_program(correct, name, text)
         prompt = before + prompt
+        refuse_special(source, prompt, buggy_body)
         tests = QUIXBUGS_TEST.format(name=name, cases=_quixbugs_cases(tests, name))
         yield Problem(f"QuixBugs/{name}", prompt, body + after, tests, name, prompt + buggy_body)
     if without_tests:
@@ -134,8 +139,8 @@ def _quixbugs_cases(path, name):
         if not line.strip():
             continue
         try:
-            arguments, expected = json.loads(line)
-        except (ValueError, TypeError, RecursionError) as error:
+            arguments, expected = load_json(decode(line, f"{path}:{number}"))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path}:{number}: expected [arguments, result] in JSON ({error})") from None
         arguments = arguments if isinstance(arguments, list) else [arguments]
         if name not in QUIXBUGS_SKIPPED or arguments[:1] != [QUIXBUGS_SKIPPED[name]]:
@@ -144,15 +149,6 @@ def _quixbugs_cases(path, name):
     if not cases:
         raise InputError(f"{path}: no tests in this file")
     return cases
-
-
-def _texts(where, record, *keys):
-    for key in keys:
-        if not isinstance(record.get(key), str):
-            raise InputError(f'{where}: no text "{key}"; expected {", ".join(keys)}')
-    if record.get("task_id") is None:
-        raise InputError(f'{where}: no "task_id"')
-    return [record[key] for key in keys]
 
 
 def parse(text):

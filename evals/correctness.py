@@ -21,6 +21,7 @@ import checkpoint
 import plan
 from data.errors import InputError
 from data.files import read_records
+from data.text import find_special
 from evals import code
 from evals.mutants import mutate
 from evals.sandbox import sandbox
@@ -125,6 +126,9 @@ def read_tasks(paths, count):
     for path in paths:
         for problem, before in read_problems(path):
             count.total += 1
+            if find_special(problem.prompt):
+                count.drop("functions that hold <eot> or <eoc>, our special tokens")
+                continue
             try:
                 solution = body_of(problem.prompt + problem.solution, problem.entry_point)
             except code.NOT_CODE as error:

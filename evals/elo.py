@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.files import PACKED, read_records
+from data.files import PACKED, fields, read_records
 from evals.choices import read_items
 from evals.tables import csv_records
 
@@ -26,6 +26,7 @@ PRIOR_SD = 1000  # Elo
 COLUMNS = ("model_a", "model_b", "winner")
 SIDES = {"model_a": 0, "a": 0, "model_b": 1, "b": 1}
 TIES = ("tie", "tie (bothbad)", "draw", "")
+MOST_PLAYERS = 300  # a fit takes the third power of their number, and there are a thousand fits
 PART = 2**22  # numbers in an array: the bootstrap fits as many resamplings together as this allows
 
 
@@ -54,13 +55,7 @@ def read_games(path):
 
 
 def _parse(record, where):
-    for name in COLUMNS:
-        if name not in record:
-            found = ", ".join(map(str, record)) or "nothing"
-            raise InputError(f"{where}: no {name} (expected {', '.join(COLUMNS)}; found {found})")
-        if not isinstance(record[name], str):
-            raise InputError(f"{where}: {', '.join(COLUMNS)} must be texts")
-    a, b, winner = (record[name].strip() for name in COLUMNS)
+    a, b, winner = map(str.strip, fields(record, where, dict.fromkeys(COLUMNS, str)))
     if not a or not b or a == b:
         raise InputError(f"{where}: a game is between two models, not {a!r} and {b!r}")
     if winner in (a, b):  # before the words below: a model may be called "a"
@@ -110,6 +105,8 @@ def tally(games):
     all games are ties.
     """
     names = sorted({name for a, b, _ in games for name in (a, b)})
+    if len(names) > MOST_PLAYERS:
+        raise InputError(f"the games are between {len(names):,} models; at most {MOST_PLAYERS} can be rated")
     number = {name: i for i, name in enumerate(names)}
     played = Counter()
     for a, b, winner in games:

@@ -14,6 +14,7 @@ from data.comparisons import parse
 from data.errors import InputError
 from data.prompts import STOPS
 from data.sources.count import json_records
+from data.text import find_special
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, samples
 
 
@@ -70,9 +71,14 @@ def read_comparisons(paths, args, count):
     found = []
     for where, record in json_records(paths, count):
         try:
-            found.append(parse(record, where))
+            comparison = parse(record, where)
         except InputError as error:
             count.bad(where, str(error).removeprefix(f"{where}: "))
+            continue
+        if find_special(comparison[0]):
+            count.drop("records that hold <eot> or <eoc>, our special tokens")
+        else:
+            found.append(comparison)
         if len(found) == args.contexts:
             break
     count.check()

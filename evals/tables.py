@@ -2,7 +2,7 @@
 import csv
 
 from data.errors import InputError
-from data.files import read_lines
+from data.files import decode, read_lines
 
 
 def csv_records(path):
@@ -29,8 +29,5 @@ def csv_records(path):
 
 def _decoded(path):
     for number, line in read_lines(path):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8") + "\n"
-        except UnicodeDecodeError as error:
-            where = f"{path}:{number}"
-            raise InputError(f"{where}: not UTF-8 text (byte {error.start}); is this a table?") from None
+        text = decode(line, f"{path}:{number}") + "\n"
+        yield text.removeprefix("\ufeff") if number == 1 else text

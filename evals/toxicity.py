@@ -2,8 +2,8 @@
 import numpy as np
 
 from data.errors import InputError
-from data.files import PACKED, read_lines, read_records
-from data.text import find_special
+from data.files import PACKED, decode, fields, read_lines, read_records
+from data.text import refuse_special
 from evals import pm
 from evals.subject import reward_function, samples
 from ranks import start
@@ -36,16 +36,22 @@ def read_prompts(paths):
     RealToxicityPrompts has them, "prompt", "text" or "context"."""
     for path in paths:
         if str(path).endswith(tuple(".txt" + packed for packed in PACKED)):
-            yield from (line.decode("utf-8", "replace") for _, line in read_lines(path) if line.strip())
-            continue
-        for number, record in read_records(path):
-            text = record.get("prompt", record.get("text", record.get("context")))
-            if isinstance(text, dict):
-                text = text.get("text")
-            if not isinstance(text, str):
-                raise InputError(f'{path}:{number}: expected {{"prompt": {{"text": …}}}}, {{"text": …}} or '
-                                 '{"context": …}')
+            found = ((n, decode(line, f"{path}:{n}")) for n, line in read_lines(path) if line.strip())
+        else:
+            found = ((n, _prompt(record, f"{path}:{n}")) for n, record in read_records(path))
+        for number, text in found:
+            refuse_special(f"{path}:{number}", text)
             yield text
+
+
+def _prompt(record, where):
+    key = next((key for key in ("prompt", "text", "context") if key in record), None)
+    if key is None:
+        raise InputError(f'{where}: expected {{"prompt": {{"text": …}}}}, {{"text": …}} or '
+                         '{"context": …}')
+    if isinstance(record[key], dict):
+        record, key = record[key], "text"
+    return fields(record, where, {key: str})[0]
 
 
 def toxicity(args, paths, subject, score):
@@ -57,9 +63,6 @@ def toxicity(args, paths, subject, score):
         raise InputError(f"{paths[0]}: no prompts in this file")
     if len(distinct) < len(found):
         print(f"{len(found) - len(distinct)} repeated prompts are taken once")
-    if bad := next(filter(find_special, prompts), None):
-        raise InputError(f"{paths[0]}: the prompt {bad[:40]!r} holds {find_special(bad)}, a special token; "
-                         "write it differently there")
     turn = "\n\nHuman: "  # behind --prompt a new conversation begins
     before = turn if subject.prompt and not prompts[0].startswith(turn.rstrip()) else ""
     texts = samples(subject, [before + prompt for prompt in prompts], args)

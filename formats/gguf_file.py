@@ -10,6 +10,7 @@ import torch
 
 from data.errors import InputError
 from data.tokenizer_json import byte_level_json, merges_by_score, sentencepiece_json
+from formats.hf_folder import check_finite
 from model import scaled_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral model calls itself llama here
@@ -50,6 +51,7 @@ def read(path):
             if hf["model_type"] == "llama" and name.split(".")[2:3] in (["attn_q"], ["attn_k"]):
                 is_q = "attn_q" in name
                 weight = unpermuted(weight, hf["num_attention_heads" if is_q else "num_key_value_heads"])
+            check_finite(path, name, weight)
             state[hf_name(name)] = weight
         return hf, state, *tokenizer_json(fields, path)
     except (KeyError, ValueError, IndexError, NotImplementedError) as error:

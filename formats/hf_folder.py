@@ -5,6 +5,7 @@ SmolLM, TinyLlama), mistral, qwen2 and qwen3. The weights need no translation, a
 transformers does. What differs from this family is refused with the reason, never read as if it did not.
 """
 import json
+import math
 from pathlib import Path
 
 import safetensors
@@ -58,13 +59,18 @@ def read_config(hf, path):
             rope_scaling=scaling, family=family, window=window)
         sizes = (config.n_layer, config.d_model, config.n_head, config.vocab_size, config.ctx,
                  config.n_key_head, config.d_head, config.d_ff)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(type(size) is int and 0 < size < 2**62 for size in (*sizes, window or 1)):
             raise ValueError("its sizes are not all whole numbers above 0")
+        if type(config.tied) is not bool:
+            raise ValueError("tie_word_embeddings is neither true nor false")
         if config.n_head % config.n_key_head or config.d_head % 2:
             raise ValueError(f"{config.n_head} heads of width {config.d_head} do not go with "
                              f"{config.n_key_head} key heads")
-        if not (config.rope_theta > 0 and config.norm_eps >= 0):
+        if not (0 < config.rope_theta < math.inf and 0 <= config.norm_eps < 1):
             raise ValueError("rope_theta or rms_norm_eps is out of range")
+        numbers = [value for name, value in (scaling or {}).items() if name != "rope_type"]
+        if not all(0 < value < math.inf for value in numbers):
+            raise ValueError("rope_scaling has numbers that are not above 0")
         return config
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -90,7 +96,7 @@ def rotary_settings(hf, path):
     """(base of the rotary positions' frequencies, their scaling or None) of a config.json. Versions of
     transformers from 5 on keep them together as rope_parameters."""
     settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = settings.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    theta = settings.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -158,7 +164,15 @@ def read_weights(folder):
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise InputError(f"{path}: {name} is of type {tensor.dtype}; fp32, bf16 and fp16 can be read")
             state[name] = tensor.float()
+            check_finite(path, name, state[name])
     return state
+
+
+def check_finite(path, name, tensor):
+    """Raise InputError if a tensor of weights holds NaN or infinity, which would make every score wrong."""
+    if not tensor.sum().isfinite():  # the sum of finite weights is finite, and takes no memory
+        raise InputError(f"{path}: {name} holds numbers that are not finite: the file is damaged, or the "
+                         "training that wrote it had diverged")
 
 
 def write_weights(folder, state):

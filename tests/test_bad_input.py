@@ -1,18 +1,22 @@
 """Bad input to the real scripts gives one line, which names the file, the line and the mend, and exit code
 2; nothing half-written stays."""
 import bz2
+import fcntl
 import gzip
 import json
 import lzma
 import os
 import re
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_well, write_jsonl
+from conftest import (DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_refused, run_well,
+                      write_jsonl)
 
 import checkpoint
 from data.errors import InputError, run_main
@@ -247,6 +251,72 @@ def test_an_output_that_cannot_be_written(lm, pm, text_file, comparisons_file, t
     assert occupied.read_bytes() == b"content" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_output_that_is_a_device_or_a_pipe_is_left_alone(pm, comparisons_file, tmp_path):
+    pipe, raw = tmp_path / "pipe", write(tmp_path, "raw.jsonl", b'{"chosen": "a", "rejected": "b"}\n')
+    os.mkfifo(pipe)
+    for out in (pipe, Path("/dev/full")):
+        words = f"error: {out}: this is a device, a pipe or a socket"
+        refused("evaluate.py", "pm", "--model", pm, "--data", comparisons_file, "--out", out, names=[words])
+        assert words in run_refused("data/prepare.py", "hh", "--raw", raw, "--out", out)
+        assert out.exists() and not out.is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "raw.jsonl"]
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(pm, comparisons_file, tmp_path):
+    link, raw = tmp_path / "link", write(tmp_path, "raw.jsonl", b'{"chosen": "a", "rejected": "b"}\n')
+    link.symlink_to("folder/target")
+    run_well("evaluate.py", "pm", "--model", pm, "--data", comparisons_file, "--out", link)
+    assert link.is_symlink() and len((tmp_path / "folder/target").read_text().splitlines()) > 10
+    run_well("data/prepare.py", "hh", "--raw", raw, "--out", link)
+    assert link.is_symlink() and len((tmp_path / "folder/target").read_text().splitlines()) == 1
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["target"]
+
+
+def test_two_preparations_of_one_file_do_not_mix(tmp_path):
+    out, raw = tmp_path / "out.jsonl", write(tmp_path, "raw.jsonl", b'{"chosen": "a", "rejected": "b"}\n')
+    with open(f"{out}.partial", "w") as partial:
+        fcntl.flock(partial, fcntl.LOCK_EX)
+        answer = run_refused("data/prepare.py", "hh", "--raw", raw, "--out", out)
+        assert f"error: {out}: another process is writing this file" in answer
+        assert not out.exists() and Path(f"{out}.partial").exists()
+    run_well("data/prepare.py", "hh", "--raw", raw, "--out", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "raw.jsonl"]
+
+
+def small_files():
+    """As if the disk were full after 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, comparisons_file):
+    out, raw = tmp_path / "out.jsonl", tmp_path / "raw.jsonl"
+    write_jsonl(raw, [{"chosen": f"{i} {'a' * 1000}", "rejected": "b"} for i in range(100)])
+    answer = run_refused("data/prepare.py", "hh", "--raw", raw, "--out", out, before=small_files)
+    assert f"error: {out}.partial: File too large" in answer
+    assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
+    cache = tmp_path / "cache"
+    flags = ("--size", "test", "--data", raw, "--out", tmp_path / "run")
+    answer = run_refused("train_pm.py", *flags, before=small_files, HHH_LAB_CACHE=str(cache))
+    assert f"error: {cache}/comparisons-" in answer and "File too large" in answer
+    assert not list(cache.glob("*.partial")) and not (tmp_path / "run").exists()
+
+
+def strict_output():
+    """As where the locale is UTF-8. Without a locale, Python prints any name."""
+    sys.stdout.reconfigure(errors="strict")
+
+
+def test_a_name_that_is_no_text_is_written_out(pm, comparisons_file, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    data = Path(shutil.copy(comparisons_file, folder / "data.jsonl"))
+    flags = ("pm", "--model", pm, "--data", data, "--out", folder / "out")
+    printed = run_well("evaluate.py", *flags, before=strict_output)
+    assert r"/caf\udce9/data.jsonl: held-out groups" in printed and (folder / "out").exists()
+    answer = run_refused("evaluate.py", "pm", "--model", folder, "--data", data)
+    assert r"/caf\udce9: no checkpoint in this folder" in answer
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -286,11 +356,9 @@ def test_a_checkpoint_with_a_damaged_file(damaged, comparisons_file, name, damag
     refused_checkpoint(damaged, comparisons_file, path)
 
 
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v != "remove"}))
-    return path
+def change_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v != "remove"}))
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -305,10 +373,50 @@ def change_config(folder, **changes):
     ({"num_hidden_layers": "two"}, "not a config this project can read"),
     ({"num_attention_heads": 0}, "not a config this project can read"),
     ({"rms_norm_eps": "remove"}, "not a config this project can read (KeyError: 'rms_norm_eps')"),
+    ({"rms_norm_eps": None}, "not a config this project can read"),
+    ({"rms_norm_eps": 1e400}, "rope_theta or rms_norm_eps is out of range"),
+    ({"rope_theta": None}, "not a config this project can read"),
+    ({"rope_theta": 0}, "rope_theta or rms_norm_eps is out of range"),
+    ({"rope_theta": float("nan")}, "rope_theta or rms_norm_eps is out of range"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling has numbers that are not above 0"),
+    ({"hidden_size": 10**30}, "its sizes are not all whole numbers above 0"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is neither true nor false"),
+    ({"architectures": ["LlamaForCausalLM"]}, "meta.json: its kind is 'pm', but that of config.json is 'lm'"),
 ], ids=lambda x: str(x)[:40] if isinstance(x, dict) else "")
 def test_a_checkpoint_of_another_shape(damaged, comparisons_file, changes, words):
-    change_config(damaged, **changes)
+    change_json(damaged / "config.json", **changes)
     refused_checkpoint(damaged, comparisons_file, damaged, words)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kind": "zebra"}, "its kind is 'zebra', but that of config.json is 'pm'"),
+    ({"kind": "lm"}, "its kind is 'lm', but that of config.json is 'pm'"),
+    ({"kind": None}, '"kind" must be a text'),
+    ({"objective": "remove"}, 'no "objective", which must be a text'),
+    ({"flags": "remove"}, 'no "flags", which must be an object'),
+    ({"data": 5}, '"data" must be a text'),
+    ({"metrics": []}, '"metrics" must be an object'),
+    ({"step": 2.5}, '"step" must be a whole number'),
+    ({"step": True}, '"step" must be a whole number'),
+    ({"step": 9}, "step 9 is none of a run of 8 steps"),
+    ({"step": -1}, "step -1 is none of a run of 8 steps"),
+    ({"trained_on": [5]}, '"trained_on" must be a list, each item an object'),
+    ({"trained_on": [{}]}, 'trained_on: no "file"'),
+    ({"eoc": "no"}, '"eoc" must be true or false or missing'),
+    ({"lm_lr": "fast"}, '"lm_lr" must be a finite number or missing'),
+], ids=str)
+def test_a_checkpoint_that_remembers_nonsense(damaged, comparisons_file, changes, words):
+    change_json(damaged / "meta.json", **changes)
+    refused_checkpoint(damaged, comparisons_file, damaged / "meta.json", words)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(damaged, comparisons_file, number):
+    path = damaged / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    state["model.norm.weight"][3] = number
+    safetensors.torch.save_file(state, path)
+    refused_checkpoint(damaged, comparisons_file, path, "model.norm.weight holds numbers that are not finite")
 
 
 def test_a_checkpoint_with_another_models_weights(damaged, lm, comparisons_file):

@@ -152,12 +152,12 @@ def test_hellaswag_is_scored_per_character_too(lm, tmp_path):
 @pytest.mark.parametrize("benchmark, line, words", [
     ("hellaswag", HELLASWAG[1] | {"label": 9}, "the label 9 is no number of"),
     ("hellaswag", HELLASWAG[1] | {"label": -1}, "the label -1 is no number of"),
-    ("hellaswag", HELLASWAG[1] | {"label": None}, "not a record of hellaswag"),
-    ("hellaswag", HELLASWAG[1] | {"endings": "abcd"}, "of a list of endings"),
-    ("hellaswag", HELLASWAG[1] | {"endings": ["a", 2]}, "not a record of hellaswag"),
-    ("hellaswag", HELLASWAG[1] | {"activity_label": None}, "not a record of hellaswag"),
+    ("hellaswag", HELLASWAG[1] | {"label": None}, '"label" must be a whole number or a text'),
+    ("hellaswag", HELLASWAG[1] | {"endings": "abcd"}, '"endings" must be a list'),
+    ("hellaswag", HELLASWAG[1] | {"endings": ["a", 2]}, '"endings" must be a list, each item a text'),
+    ("hellaswag", HELLASWAG[1] | {"activity_label": None}, '"activity_label" must be a text'),
     ("hellaswag", HELLASWAG[1] | {"ctx": "He <eot>"}, "the text holds <eot>"),
-    ("lambada", {"text": "word"}, "not a record of lambada (text of several words)"),
+    ("lambada", {"text": "word"}, 'the "text" must have several words'),
     ("choice", {"context": "", "completions": ["a"], "scores": [1], "category": 5}, '"category" must be')])
 def test_records_that_cannot_be_scored_are_named(lm, tmp_path, benchmark, line, words):
     good = {"hellaswag": HELLASWAG[0], "lambada": {"text": "two words"},
@@ -170,7 +170,7 @@ def test_records_that_cannot_be_scored_are_named(lm, tmp_path, benchmark, line, 
 @pytest.mark.parametrize("text, words", [
     ('{"examples": 5}', 'task.json: "examples" must be a list'),
     ('{"examples": [7]}', 'task.json: "examples" must be a list'),
-    ('{"examples": [{"input": 5, "target_scores": {"a": 1}}]}', "task.json:1: not a record of hhh"),
+    ('{"examples": [{"input": 5, "target_scores": {"a": 1}}]}', 'task.json:1: "input" must be a text'),
     ('{"examples": [{"input": "Who?", "target_scores": {"a": "x"}}]}', "task.json:1: a score must be"),
     ('{"examples": [{"input": "Who?"}]}', 'task.json:1: no "chosen"')])
 def test_tasks_that_cannot_be_read_are_named(tmp_path, text, words):

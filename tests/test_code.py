@@ -69,17 +69,17 @@ def total(p, r=2):
 
 
 @pytest.mark.parametrize("read, record, change, words", [
-    (code.humaneval, HUMANEVAL, {"prompt": None}, 'no text "prompt"'),
-    (code.humaneval, HUMANEVAL, {"test": 3}, 'no text "test"'),
-    (code.humaneval, HUMANEVAL, {"task_id": None}, 'no "task_id"'),
-    (code.mbpp, MBPP, {"text": None}, 'no text "text"'),
+    (code.humaneval, HUMANEVAL, {"prompt": None}, '"prompt" must be a text'),
+    (code.humaneval, HUMANEVAL, {"test": 3}, '"test" must be a text'),
+    (code.humaneval, HUMANEVAL, {"task_id": None}, '"task_id" must be'),
+    (code.mbpp, MBPP, {"text": None}, '"text" must be a text'),
     (code.mbpp, MBPP, {"code": "def f(:"}, "code and tests do not agree"),
     (code.mbpp, MBPP, {"code": f"def total(p):\n    return {DEEP}"}, "code and tests do not agree"),
     (code.mbpp, MBPP, {"code": f"def total(p):\n    return {DEEPER}"}, "code and tests do not agree"),
     (code.mbpp, MBPP, {"test_list": [f"assert total({DEEPER})"]}, "code and tests do not agree"),
     (code.mbpp, MBPP, {"test_list": ["assert f(1)"]}, "do not agree"),
     (code.mbpp, MBPP, {"test_list": []}, "do not agree"),
-    (code.mbpp, MBPP, {"test_list": 5}, "do not agree")])
+    (code.mbpp, MBPP, {"test_list": 5}, '"test_list" must be a list')])
 def test_bad_records_are_named(tmp_path, read, record, change, words):
     path = write_jsonl(tmp_path / "problems.jsonl", [record, record | change])
     with pytest.raises(InputError, match=f"problems.jsonl:2: .*{words}"):

@@ -170,7 +170,7 @@ def test_bad_input_is_refused(flags, files, lm, pm, tmp_path):
     assert_refused("a preference model, but a language model is needed", "--init", pm)
     assert_refused("no such prompt file", "--prompt", tmp_path / "none.txt")
     assert_refused("the prompt is empty", "--prompt", tmp_path / "empty.txt")
-    assert_refused("the prompt holds <eot>", "--prompt", tmp_path / "special.txt")
+    assert_refused("special.txt: the text holds <eot>", "--prompt", tmp_path / "special.txt")
     line = run_refused("distill.py", "--init", lm, "--data", files.texts, "--out", tmp_path / "out")
     assert "--dialogue is missing" in line
 

@@ -237,10 +237,10 @@ def test_tables_and_json_lines_hold_the_same_games(tmp_path):
 HEAD = "model_a,model_b,winner\n"
 BAD = {  # file's name, content, line, words
     "no column": ("g.csv", "model_a,model_b\nx,y\n", 2,
-                  "no winner (expected model_a, model_b, winner; found model_a, model_b)"),
+                  'no "winner", which must be a text (found \'model_a\', \'model_b\')'),
     "column twice": ("g.csv", "model_a,model_b,winner, winner\nx,y,x,y\n", 1,
                      "the column 'winner' stands there twice"),
-    "short row": ("g.csv", HEAD + "x,y,x\nx,y\n", 3, "no winner"),
+    "short row": ("g.csv", HEAD + "x,y,x\nx,y\n", 3, 'no "winner"'),
     "long row": ("g.csv", HEAD + "x,y,x\nx,y,x,z\n", 3, "more cells than the 3 columns"),
     "third winner": ("g.csv", HEAD + "x,y,x\nx,y,z\n", 3, "the winner 'z' is neither 'x' nor 'y'"),
     "alone": ("g.csv", HEAD + "x,x,x\n", 2, "between two models, not 'x' and 'x'"),
@@ -251,8 +251,9 @@ BAD = {  # file's name, content, line, words
     "nothing": ("g.csv", HEAD, None, "no games in this file"),
     "empty": ("g.jsonl", "", None, "no games in this file"),
     "not JSON": ("g.jsonl", '{"model_a": "x"', 1, "not a JSON object"),
-    "missing key": ("g.jsonl", '\n{"model_a": "x", "winner": "x"}\n', 2, "no model_b"),
-    "null winner": ("g.jsonl", '{"model_a": "x", "model_b": "y", "winner": null}\n', 1, "must be texts"),
+    "missing key": ("g.jsonl", '\n{"model_a": "x", "winner": "x"}\n', 2, 'no "model_b"'),
+    "null winner": ("g.jsonl", '{"model_a": "x", "model_b": "y", "winner": null}\n', 1,
+                    '"winner" must be a text'),
     "cut gz": ("g.csv.gz", gzip.compress((HEAD + "x,y,x\n").encode())[:-9], None, "damaged or cut"),
     "other kind": ("g.parquet", "", None, "games are read from .csv, .jsonl or .ndjson"),
 }

@@ -217,7 +217,7 @@ BROKEN = {  # a line, and words of the answer
     "no object": (b"[1, 2]", "expected a JSON object"),
     "not UTF-8": (b'{"title": "\xff\xfe"}', "not UTF-8 text"),
     "neither kind": (b'{"id": "x"}', "neither a submission"),
-    "deep nesting": (b"[" * 100_000, "recursion"),
+    "deep nesting": (b"[" * 100_000, "nested too deep"),
     "no score": ({k: v for k, v in reply("c9", 1).items() if k != "score"}, "no 'score'"),
     "no id": (b'{"title": "T", "score": 1, "created_utc": 1}', "no 'id'"),
     "score null": (reply("c9", None), '"score" must be a number'),

@@ -227,7 +227,8 @@ def test_a_signal_saves_and_ends_well(run_flags, uninterrupted, tmp_path, number
 def save_two_checkpoints(lm, out, moments):
     """In a process of its own: save two checkpoints of a run and end it. Before each operation on files the
     folder is copied, just as a crash at that moment would leave it, to moments/1, moments/2, …"""
-    model, tokenizer, _ = checkpoint.load(lm)
+    model, tokenizer, meta = checkpoint.load(lm)
+    optimizer = {"optimizer": {"state": {}, "param_groups": []}}
     count, copying = itertools.count(1), []
 
     def copy_folder():
@@ -239,7 +240,7 @@ def save_two_checkpoints(lm, out, moments):
     for step in (1, 2):
         with torch.no_grad():
             model.model.norm.weight.fill_(step)
-        checkpoint.save(out, model, tokenizer, {"kind": "lm", "step": step}, {"step": step})
+        checkpoint.save(out, model, tokenizer, meta | {"step": step}, optimizer | {"step": step})
     checkpoint.finish(out)
 
 

@@ -20,7 +20,8 @@ TEXTS = ["", "It's 12 o'clock.", "  naïve café 😀\n\n\tx  ", "\n\nHuman: Who
 
 def written(out, model, tokenizer, kind):
     """The folder of a run that was saved once and finished."""
-    meta = {"kind": kind, "step": 1, "n_steps": 1}
+    meta = {"kind": kind, "objective": "any", "step": 1, "n_steps": 1, "metrics": {}, "flags": {}, "data": "",
+            "trained_on": []}
     checkpoint.save(out, model, tokenizer, meta, {"optimizer": {}, "step": 1})
     checkpoint.finish(out)
     return out

@@ -6,9 +6,9 @@ import threading
 from http import HTTPStatus
 
 import checkpoint
-from data.files import content_key
+from data.files import content_key, valid_unicode
 from data.prompts import SEPARATOR
-from data.text import find_special, valid_unicode
+from data.text import find_special
 from evals import elo
 from evals.choices import as_dialogue, read_items
 from evals.subject import reward_function

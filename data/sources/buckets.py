@@ -5,6 +5,8 @@ import pickle
 import tempfile
 from pathlib import Path
 
+from data.files import naming
+
 BUCKET_BYTES = 2**25  # a bucket up to this size is read into memory, where it takes about four times as much
 LEVELS = 3  # a larger bucket is distributed anew, so often at most: by then it holds a few threads only
 
@@ -22,10 +24,12 @@ def gather(items, number, n_buckets, out, after_bucket=None, level=0):
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(n_buckets)]
         for item in items:
-            pickle.dump(item, buckets[number(item) // n_buckets**level % n_buckets])
+            with naming(folder):
+                pickle.dump(item, buckets[number(item) // n_buckets**level % n_buckets])
         for bucket in buckets:
-            size = bucket.tell()
-            bucket.seek(0)
+            with naming(folder):
+                size = bucket.tell()
+                bucket.seek(0)
             if size > BUCKET_BYTES and level + 1 < LEVELS:
                 yield from gather(_load(bucket), number, n_buckets, out, level=level + 1)
             else:

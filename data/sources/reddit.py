@@ -15,7 +15,7 @@ from typing import NamedTuple
 from data.errors import InputError
 from data.sources.buckets import gather
 from data.sources.count import LeftOut, converted_records
-from data.text import find_special, valid_unicode
+from data.text import find_special
 
 BUCKETS = 64
 DELETED = ("[deleted]", "[removed]")
@@ -101,7 +101,7 @@ def _string(record, key):
     value = record[key]
     if not isinstance(value, str):
         raise ValueError(f'"{key}" must be a text, found {str(value)[:40]!r}')
-    return valid_unicode(value)
+    return value
 
 
 def _text(record, key):
