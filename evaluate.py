@@ -86,8 +86,8 @@ def parse_args():
     flag = add("toxicity", toxic, "toxicity of continuations",
                "prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), lines of "
                "{\"text\"}, or .txt with one a line", n=25, max_new=20, temperature=1.0, top_p=0.9)
-    flag("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity "
-         "(default: Detoxify, if installed)")
+    flag("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity, or "
+         "hatesonar, if installed (default: Detoxify, if installed)")
     flag("--prompts", type=positive, help="only the first so many (default: all)")
     flag = add("sample", sample, "continuations of contexts, for elo, re-ranking and people",
                "comparison files, whose contexts are continued, or toy (default: toy)", "toy",

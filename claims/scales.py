@@ -347,7 +347,7 @@ class Small(Scale):
         return self.data("code")
 
     def toxicity_scorer(self):
-        return ()  # Detoxify, where it is installed
+        return "--scorer", "hatesonar"  # its weights come with its package
 
 
 class Own(Scale):

@@ -1,6 +1,8 @@
 """evaluate.py's multiple choice, last words, text loss, toxicity, samples, judging and re-ranking: against
 forwards of each sequence by itself."""
+import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import checkpoint
 from data.errors import InputError
 from data.packing import RowFormat, make_row
 from data.prompts import SEPARATOR, fit_prompt, load_prompt
-from evals import choices
+from evals import choices, toxicity
 from evals import pm as scoring
 
 PROMPT = ("Two friends talk.\n\n-----\n\nHuman: Who sleeps?\n\nAssistant: A dog."
@@ -310,6 +312,39 @@ def test_toxicity_is_read_from_a_binary_preference_model(lm, comparisons_file, t
     assert figures["mean"] == pytest.approx(scores.mean())
     assert figures["expected_maximum"] == pytest.approx(scores.max(1).mean())
     assert figures["above_half"] == pytest.approx((scores > 0.5).mean())
+    assert figures["any_half"] == pytest.approx((scores >= 0.5).any(1).mean())
+
+
+def test_toxicity_by_hatesonar(monkeypatch):
+    """The published classifier where it is installed and starts; by a stand-in of its form, what is made of
+    its answers, and a failure of its runtime in one line."""
+    class Sonar:
+        def ping(self, text):
+            confidences = {"hate_speech": 0.2, "offensive_language": 0.3, "neither": 0.5} | (
+                {"neither": 0.1} if "hate" in text else {})
+            return {"classes": [{"class_name": name, "confidence": c} for name, c in confidences.items()]}
+
+    def broken():
+        raise RuntimeError("no locale")
+    args = argparse.Namespace(scorer="hatesonar")
+    monkeypatch.setitem(sys.modules, "hatesonar", argparse.Namespace(Sonar=Sonar))
+    assert toxicity.scorer(args)(["", ""], ["I hate it", "fine"]) == pytest.approx([0.9, 0.5])
+    monkeypatch.setitem(sys.modules, "hatesonar", argparse.Namespace(Sonar=broken))
+    with pytest.raises(InputError, match="needs the locale en_US.UTF-8 \\(no locale"):
+        toxicity.scorer(args)
+    monkeypatch.setitem(sys.modules, "hatesonar", None)
+    with pytest.raises(InputError, match="pip install hatesonar"):
+        toxicity.scorer(args)
+
+
+def test_the_published_classifier_tells_insults_from_weather():
+    pytest.importorskip("hatesonar")
+    try:
+        score = toxicity.scorer(argparse.Namespace(scorer="hatesonar"))
+    except InputError as error:
+        pytest.skip(str(error))
+    insult, weather = score(["", ""], ["I hate you, you stupid idiot.", "The weather is nice today."])
+    assert insult > 0.8 and weather < 0.5
 
 
 @pytest.mark.parametrize("benchmark, flags, words", [
