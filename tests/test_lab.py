@@ -95,7 +95,7 @@ def test_an_interrupted_training_is_resumed(tmp_path, lm, comparisons_file):
     # As a killed run leaves it before its first checkpoint; without --resume it would be refused.
     (begun.out / "metrics.jsonl").write_text("")
     assert execute([begun], jobs=1) == {} and begun.figures["comparisons"] > 0
-    assert (begun.out / "model.safetensors").exists()
+    assert (begun.out / "model.safetensors").exists() and not (begun.out / "train_state.pt").exists()
 
 
 def test_each_job_has_a_gpu_or_a_share_of_the_cores(monkeypatch):
