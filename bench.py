@@ -61,7 +61,6 @@ from train_lm import window_loss
 from train_pm import comparison_loss, ranked_loss
 
 LM_SHAPES = ((512, 320), (1024, 320), (1024, 50304))  # (ctx, rows of the table): bytes, and GPT-2's 50,257
-TRL_BATCHES = (8, 32)  # pairs
 ROOM = 2192  # tokens that there is room for behind the prompt
 MICRO_TOKENS = 8192  # tokens in a row of scoring or of the teacher
 
@@ -240,7 +239,8 @@ def measure_pm(args, ranks, config, tokenizer, dtype):
         candidates[name] = args.batch, training(model, loss, ranks)
     baselines = {"x naive": ["naive padded"]}
     if importlib.util.find_spec("trl"):
-        trl = {f"TRL RewardTrainer, batch {n}": trl_training(config, dtype, pairs, n) for n in TRL_BATCHES}
+        trl = {f"TRL RewardTrainer, batch {n}": trl_training(config, dtype, pairs, n)
+               for n in (max(1, args.batch // 4), args.batch)}  # smaller ones pad less
         candidates |= trl
         baselines["x TRL"] = list(trl)
     tokens = np.mean([pairs.tokens(r) for r in range(1, args.rounds + 1)], 0)

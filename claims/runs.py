@@ -102,7 +102,8 @@ class Run:
             figures = json.loads(last_line) if last_line.startswith("{") else None
         record = {"figures": figures, "seconds": time.monotonic() - began, "command": command}
         write_file(self.folder / "done.json", json.dumps(record))
-        (self.out / "train_state.pt").unlink(missing_ok=True)  # twice the model's size, for resuming only
+        if self.trains:
+            (self.out / "train_state.pt").unlink(missing_ok=True)  # twice the model's size, for resuming only
 
 
 def is_training(script):
