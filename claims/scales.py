@@ -24,7 +24,7 @@ from claims.runs import ROOT, Run
 from data import toy
 from data.comparisons import hash64
 from data.errors import InputError
-from data.files import content_key, read_lines, write_file
+from data.files import content_key, read_records, write_file
 from data.prompts import load_prompt
 from data.toy import sources as toy_sources
 from data.toy.world import build_world
@@ -365,7 +365,7 @@ class Own(Scale):
         self.files = {"own": Path(args.data).resolve()}
         self.files |= {f"public {i}": Path(path).resolve() for i, path in enumerate(args.public)}
         self.sources = {name: None for name in self.files if name != "own"}
-        n = sum(1 for _ in read_lines(self.files["own"]))
+        n = sum(1 for _ in read_records(self.files["own"]))
         self.tested = round(self.held_out("own") * n)
         self.comparisons = n - self.tested
         # Groups are held out whole, so it is not known yet how many comparisons are left to train on.

@@ -42,7 +42,8 @@ def hatesonar():
     except ImportError:
         raise InputError("--scorer hatesonar: pip install hatesonar") from None
     except Exception as error:  # its runtime has errors of its own
-        raise InputError(f"--scorer hatesonar: it does not start; it needs the locale en_US.UTF-8 ({error})"
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(f"--scorer hatesonar: it does not start; it needs the locale en_US.UTF-8 ({why})"
                          ) from None
 
     def of_text(text):
