@@ -22,7 +22,7 @@ import torch
 
 import checkpoint
 import plan
-from data.errors import InputError, Parser, run_main
+from data.errors import InputError, Parser, one_line, run_main
 from data.files import write_file
 from data.prompts import STOPS
 from data.text import find_special
@@ -167,7 +167,7 @@ def chat(conversation):
             leaving = True
             print("\n(Ctrl-C again leaves, as /quit and Ctrl-D do)")
         except (InputError, OSError, ValueError) as error:  # the conversation goes on
-            print(f"({error})")
+            print(f"({one_line(str(error))})")
     if at_terminal:
         print()
 

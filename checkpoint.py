@@ -96,7 +96,10 @@ def read_checkpoint(folder):
     tokenizer = Tokenizer.load(folder)
     meta = _read_meta(folder / "meta.json", "pm" if config.value_head else "lm")
     if meta.get("chat"):
-        tokenizer.use_chat()
+        try:
+            tokenizer.use_chat()
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
     if not tokenizer.n_vocab <= config.vocab_size <= 1.1 * tokenizer.n_vocab + 64:
         raise InputError(f"{folder}: the tokenizer has a table of {tokenizer.vocab_size}, the model of "
                          f"{config.vocab_size}: these two files are not of one model")

@@ -20,6 +20,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; {self.prog} -h explains the flags\n")
 
 
+def one_line(text):
+    """A message as one line: control characters are written out, and the middle of a long one is left out."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return line if len(line) <= 600 else f"{line[:400]} … {line[-150:]}"
+
+
 def run_main(main):
     """Call `main()`, as a script's last line does. What the user can mend ends in one line on stderr and
     exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk.
@@ -44,7 +50,7 @@ def run_main(main):
         message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
-    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         os._exit(2)  # without an orderly shutdown, as other ranks may wait in a collective for ever
     sys.exit(2)

@@ -60,6 +60,8 @@ class Tokenizer:
             raise ValueError("no end-of-text token is known")
         self.eot, self.eoc, self.eos = specials[eot], specials[EOC], specials.get(eos, specials[eot])
         self.n_vocab = max(texts) + 1
+        if self.n_vocab > 2**24:
+            raise ValueError(f"an id of {max(texts)}, far more than there are tokens")
         self.vocab_size = -(-self.n_vocab // 64) * 64
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         content = json.dumps({**spec, "post_processor": None}, sort_keys=True)

@@ -78,7 +78,9 @@ def hellaswag(record, where):
     """Asked as lm-evaluation-harness asks: the activity, then the text with a capital letter where its second
     part begins, and without the headings in brackets."""
     def without_headings(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        text = text.strip().replace(" [title]", ". ")  # an open bracket is searched for its end only once:
+        text = re.sub(r"\[[^\]\n]*(\]?)", lambda heading: "" if heading[1] else heading[0], text)
+        return text.replace("  ", " ")
 
     parts = ("ctx_a", "ctx_b") if "ctx_a" in record else ("ctx",)
     kinds = {"activity_label": str, "endings": [str], "label": (int, str)} | dict.fromkeys(parts, str)

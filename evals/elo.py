@@ -51,6 +51,9 @@ def read_games(path):
     if all(winner is None for _, _, winner in games):
         found = f"all {len(games)} games are ties" if games else "no games in this file"
         raise InputError(f"{path}: {found}; Elo needs games with a winner")
+    n_players = len({name for a, b, _ in games for name in (a, b)})
+    if n_players > MOST_PLAYERS:
+        raise InputError(f"{path}: games between {n_players:,} models; at most {MOST_PLAYERS} can be rated")
     return games
 
 
@@ -105,8 +108,6 @@ def tally(games):
     all games are ties.
     """
     names = sorted({name for a, b, _ in games for name in (a, b)})
-    if len(names) > MOST_PLAYERS:
-        raise InputError(f"the games are between {len(names):,} models; at most {MOST_PLAYERS} can be rated")
     number = {name: i for i, name in enumerate(names)}
     played = Counter()
     for a, b, winner in games:

@@ -66,7 +66,7 @@ def read_config(hf, path):
         if config.n_head % config.n_key_head or config.d_head % 2:
             raise ValueError(f"{config.n_head} heads of width {config.d_head} do not go with "
                              f"{config.n_key_head} key heads")
-        if not (0 < config.rope_theta < math.inf and 0 <= config.norm_eps < 1):
+        if not (0 < config.rope_theta < 2**62 and 0 <= config.norm_eps < 1):
             raise ValueError("rope_theta or rms_norm_eps is out of range")
         numbers = [value for name, value in (scaling or {}).items() if name != "rope_type"]
         if not all(0 < value < math.inf for value in numbers):

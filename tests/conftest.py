@@ -112,6 +112,11 @@ def run_refused(name, *flags, exit_code=2, **settings):
     return done.stderr
 
 
+def strict_output():
+    """`before` a script: print as where the locale is UTF-8. Without a locale, Python prints any name."""
+    sys.stdout.reconfigure(errors="strict")
+
+
 def run_ranks(name, *flags, n=2, before=None):
     """Run n processes that train together, as torchrun does. Returns what the first one printed."""
     with socket.socket() as s:
@@ -289,6 +294,11 @@ PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "-
 # For runs that are equal to rounding only: Adam makes much of rounding, more so the larger its steps.
 GENTLE_LM = (*LM_FLAGS, "--lr", 3e-4, "--steps", 5)
 GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=200, metavar="N",
+                     help="mutations of each kind of file in tests/test_fuzz.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,14 +9,13 @@ import os
 import re
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 from conftest import (DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_refused, run_well,
-                      write_jsonl)
+                      strict_output, write_jsonl)
 
 import checkpoint
 from data.errors import InputError, run_main
@@ -301,11 +300,6 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, comparisons_fil
     assert not list(cache.glob("*.partial")) and not (tmp_path / "run").exists()
 
 
-def strict_output():
-    """As where the locale is UTF-8. Without a locale, Python prints any name."""
-    sys.stdout.reconfigure(errors="strict")
-
-
 def test_a_name_that_is_no_text_is_written_out(pm, comparisons_file, tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     folder.mkdir()
@@ -482,6 +476,8 @@ def test_help_explains_every_flag(script):
     (MemoryError(), "out of memory (); give a smaller"),
     (RuntimeError("CUDA out of memory\nhere"), "out of memory (CUDA out of memory); give a smaller"),
     (InputError("data.jsonl:3: no text"), "data.jsonl:3: no text"),
+    (InputError("data.jsonl:3: not \x1b[2J\nnor \udce9"), r"data.jsonl:3: not \x1b[2J\nnor \udce9"),
+    (InputError("a" * 401 + "b" * 5000 + "c" * 150), "a" * 400 + " … " + "c" * 150),
     (OSError(28, "No space left on device", "file"), "file: No space left on device")])
 def test_what_the_user_can_mend_gives_one_line(capsys, monkeypatch, error, words):
     def main():

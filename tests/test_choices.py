@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (BYTES, DATA, Operators, alone, evaluate, make_comparisons, make_texts, read_jsonl,
-                      read_meta, run, run_refused, run_well, write_jsonl)
+                      read_meta, run, run_refused, run_well, strict_output, write_jsonl)
 
 import checkpoint
 from data.errors import InputError
@@ -134,6 +134,12 @@ def test_hellaswag_is_asked_as_the_harness_does(tmp_path):
     assert second["context"] == "Waiting: A dog. waits" and second["scores"] == [1, 0]
 
 
+def test_a_heading_that_never_ends_takes_no_long_time():
+    record = HELLASWAG[1] | {"ctx": "[" * 200_000, "activity_label": "[a\n] [b] [[c] [d"}
+    item = choices.hellaswag(record, "file:1")
+    assert item["context"] == "[a\n]  [d: " + "[" * 200_000
+
+
 def test_hellaswag_is_scored_per_character_too(lm, tmp_path):
     """acc_norm of lm-evaluation-harness: the log-prob divided by the characters of the ending."""
     path = write_jsonl(tmp_path / "h.jsonl", HELLASWAG)
@@ -167,6 +173,15 @@ def test_records_that_cannot_be_scored_are_named(lm, tmp_path, benchmark, line, 
     path = write_jsonl(tmp_path / "data.jsonl", [good, line])
     line = run_refused("evaluate.py", benchmark, "--model", lm, "--data", path)
     assert f"error: {path}:2: " in line and words in line
+
+
+def test_half_a_surrogate_pair_is_replaced(lm, tmp_path):
+    record = {"context": "a\ud800", "completions": ["b", "\udfff"], "scores": [1, 0], "category": "c\ud800"}
+    path = write_jsonl(tmp_path / "data.jsonl", [record, record | {"category": "\ud83d\ude00"}])
+    (first, second), _ = choices.read_items("choice", [path])
+    assert first["context"] == "a\ufffd" and first["completions"] == ["b", "\ufffd"]
+    assert first["category"] == "c\ufffd" and second["category"] == "😀"
+    assert "c\ufffd" in run_well("evaluate.py", "choice", "--model", lm, "--data", path, before=strict_output)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -298,6 +313,10 @@ def test_samples_behind_a_prompt_depend_on_the_seed_and_their_place_alone(lm, pr
 def test_toxicity_is_read_from_a_binary_preference_model(lm, comparisons_file, tmp_path):
     run_well("train_pm.py", "--init", lm, "--data", comparisons_file, "--objective", "binary", "--steps", 2,
              "--batch", 8, "--out", tmp_path / "scorer")
+    for line, words in ((b"caf\xe9", "not UTF-8 text"), (b"<eot>", "the text holds <eot>")):
+        (tmp_path / "bad.txt").write_bytes(b"The cat\n" + line)
+        flags = ("--model", lm, "--scorer", tmp_path / "scorer", "--data", tmp_path / "bad.txt")
+        assert f"bad.txt:2: {words}" in run_refused("evaluate.py", "toxicity", *flags)
     (tmp_path / "prompts.txt").write_text("The cat\n\nA dog\n")
     figures, _ = evaluate("toxicity", "--model", lm, "--data", tmp_path / "prompts.txt",
                           "--scorer", tmp_path / "scorer", "--n", 3, "--max_new", 8,

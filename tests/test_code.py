@@ -71,6 +71,8 @@ def total(p, r=2):
 @pytest.mark.parametrize("read, record, change, words", [
     (code.humaneval, HUMANEVAL, {"prompt": None}, '"prompt" must be a text'),
     (code.humaneval, HUMANEVAL, {"test": 3}, '"test" must be a text'),
+    (code.humaneval, HUMANEVAL, {"prompt": "# <eot>\n" + HUMANEVAL["prompt"]}, "the text holds <eot>"),
+    (code.mbpp, MBPP, {"text": "Write <eoc>."}, "the text holds <eoc>"),
     (code.humaneval, HUMANEVAL, {"task_id": None}, '"task_id" must be'),
     (code.mbpp, MBPP, {"text": None}, '"text" must be a text'),
     (code.mbpp, MBPP, {"code": "def f(:"}, "code and tests do not agree"),

@@ -161,6 +161,13 @@ def test_resumed_equals_uninterrupted(distilled, flags, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (distilled[0] / "model.safetensors").read_bytes()
 
 
+def test_a_single_dialogue_is_enough(flags, tmp_path):
+    record = {"text": "Human: Who sleeps?\n\nAssistant: The cat sleeps at home."}
+    dialogue = write_jsonl(tmp_path / "one.jsonl", [record])
+    printed = run_well("distill.py", *flags, "--dialogue", dialogue, "--out", tmp_path / "out")
+    assert "note: the data has 1 dialogues, so each comes" in printed
+
+
 def test_bad_input_is_refused(flags, files, lm, pm, tmp_path):
     def assert_refused(words, *changed):
         assert words in run_refused("distill.py", *flags, *changed, "--out", tmp_path / "out")

@@ -255,6 +255,8 @@ BAD = {  # file's name, content, line, words
     "null winner": ("g.jsonl", '{"model_a": "x", "model_b": "y", "winner": null}\n', 1,
                     '"winner" must be a text'),
     "cut gz": ("g.csv.gz", gzip.compress((HEAD + "x,y,x\n").encode())[:-9], None, "damaged or cut"),
+    "too many players": ("g.csv", HEAD + "".join(f"m{i},m{i + 1},a\n" for i in range(elo.MOST_PLAYERS)), None,
+                         "games between 301 models; at most 300 can be rated"),
     "other kind": ("g.parquet", "", None, "games are read from .csv, .jsonl or .ndjson"),
 }
 

@@ -197,6 +197,10 @@ def test_bad_input_to_code_correctness_is_refused(tmp_path, lm, pm):
             comparisons_of(correctness, raw, *flags)
     with pytest.raises(InputError, match="mbpp.jsonl:2: .*do not agree"):
         comparisons_of(correctness, write_jsonl(tmp_path / "mbpp.jsonl", [ADD, ADD | {"test_list": []}]))
+    module = 'def f(x):\n    """\n    >>> f("<eot>")\n    1\n    """\n    return 1\n'
+    (tmp_path / "special.py").write_text(module)
+    assert comparisons_of(correctness, tmp_path / "special.py")[1].dropped == {
+        "functions that hold <eot> or <eoc>, our special tokens": 1}
     (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
     with pytest.raises(InputError, match="broken.py:2: not a Python program"):
         comparisons_of(correctness, tmp_path / "broken.py")
@@ -249,6 +253,14 @@ def test_useless_samples_are_counted(tmp_path, lm, monkeypatch, capsys):
         "samples drawn before for the same context": 1, "comparisons left without a sample": 1}
     assert [context for context in drawn if stops[context]] == [dialogue]  # its samples end where a turn does
     assert "4 pairs; characters: human 5 on average, model 4" in capsys.readouterr().out
+
+
+def test_contexts_that_hold_a_special_token_are_left_out(tmp_path, lm):
+    records = [{"context": context, "completions": ["a"], "scores": [1]} for context in ("<eot>", "Now:")]
+    raw = write_jsonl(tmp_path / "raw.jsonl", records)
+    found, count = comparisons_of(human_vs_model, raw, "--model", lm, "--max_new", 5)
+    assert [record["context"] for record in found] == ["Now:"]
+    assert count.dropped == {"records that hold <eot> or <eoc>, our special tokens": 1}
 
 
 def test_bad_input_to_human_against_model_is_refused(tmp_path, lm, pm):
