@@ -47,7 +47,7 @@ import trainer
 from data import toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, Parser, run_main
-from data.files import write_file
+from data.files import check_writable, write_file
 from data.packing import RowFormat, epoch_order, make_row
 from data.prompts import load_prompt
 from data.tokenizer import get_tokenizer
@@ -94,6 +94,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.out:
+        check_writable(args.out)  # before the work, not after it
     ranks = start(args.device)
     if args.compile:
         check_compiler(ranks.device)

@@ -1,6 +1,8 @@
 """What every training run shares before its first step: flags, default rates, memory, and the printed plan.
 """
+import argparse
 import math
+import os
 
 import torch
 
@@ -12,11 +14,11 @@ from ranks import device_memory
 # Flags
 
 
-def positive(kind):
-    """An argparse type: an int or a float above 0."""
+def positive(kind, most=2**36):
+    """An argparse type: an int or a float above 0, and not too large to count with."""
     def parse(text):
         value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value <= most:
             raise ValueError
         return value
     parse.__name__ = f"positive {kind.__name__}"  # argparse says it in its message
@@ -32,6 +34,13 @@ def between(kind, low, high):
         return value
     parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
+
+
+def run_folder(out):
+    """An argparse type: the folder of a run, which may be there already."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise argparse.ArgumentTypeError(f"{out}: is there, and is no folder; give another --out")
+    return out
 
 
 def add_device_flags(parser):
@@ -50,12 +59,12 @@ def add_training_flags(parser, batch, batch_unit, batch_default, lr_default, sch
     """The flags of every training script. batch_default and lr_default are texts that explain the defaults.
     """
     add = parser.add_argument
-    add("--out", required=True,
+    add("--out", required=True, type=run_folder,
         help="folder of the run: metrics.jsonl, checkpoints, and when done a checkpoint itself")
     add("--batch", type=positive(int), default=batch,
         help=f"{batch_unit} in an optimizer step, over all ranks (default: {batch_default})")
     add("--steps", type=positive(int), help="optimizer steps (default: as many as --epochs takes)")
-    add("--epochs", type=positive(float), default=1,
+    add("--epochs", type=positive(float, most=10**6), default=1,
         help="passes over the training data, unless --steps is given (default: %(default)s)")
     add("--lr", type=positive(float), help=f"peak learning rate of AdamW (default: {lr_default})")
     add("--schedule", choices=("constant", "cosine", "linear"), default=schedule,

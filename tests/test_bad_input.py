@@ -167,6 +167,11 @@ BAD_FLAGS = {  # script (and what else is not as usual), flags that follow good 
     "negative batch": ("train_pm.py", "--batch -4", "argument --batch: invalid positive int value"),
     "fractional batch": ("train_pm.py", "--batch 1.5", "argument --batch: invalid positive int value"),
     "negative steps": ("train_lm.py", "--steps -1", "argument --steps: invalid positive int value"),
+    "steps without number": ("train_lm.py", f"--steps {10**30}",
+                             "argument --steps: invalid positive int value"),
+    "epochs without number": ("train_lm.py", "--epochs 1e300",
+                              "argument --epochs: invalid positive float value"),
+    "ctx without bounds": ("train_pm.py", f"--ctx {10**30}", "argument --ctx: invalid positive int value"),
     "epochs NaN": ("train_lm.py", "--epochs nan", "argument --epochs: invalid positive float value"),
     "epochs infinite": ("train_lm.py", "--epochs inf", "argument --epochs: invalid positive float value"),
     "lr NaN": ("train_lm.py", "--lr nan", "argument --lr: invalid positive float value"),
@@ -259,6 +264,15 @@ def test_an_output_that_is_a_device_or_a_pipe_is_left_alone(pm, comparisons_file
         assert words in run_refused("data/prepare.py", "hh", "--raw", raw, "--out", out)
         assert out.exists() and not out.is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "raw.jsonl"]
+
+
+def test_a_run_into_what_is_no_folder_is_refused_before_the_work(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in (tmp_path / "pipe", tmp_path / "link", Path("/dev/full")):
+        answer = run_refused("train_lm.py", "--data", "no such data", "--out", out)
+        assert f"argument --out: {out}: is there, and is no folder" in answer
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 def test_an_output_that_is_a_link_is_written_where_it_leads(pm, comparisons_file, tmp_path):
