@@ -42,30 +42,53 @@ def score_all(model, data, examples, rule, row_format, micro_tokens, context_ids
     rule: one of RULES, or a function like completion_scores of (model, hidden, row). context_ids: token ids
     in place of every context, to score completions by themselves; a completion of several comparisons is then
     computed once. prefix: a cache that has read the prompt. progress: words for a progress bar. Longest rows
-    come first. Raises InputError if a score is not a finite number.
+    come first, and only a completion that is longer than `micro_tokens` makes a longer row. Raises InputError
+    if a score is not a finite number.
     """
     if context_ids is not None:
         data, positions = _distinct_completions(data, examples, context_ids)
         examples = np.arange(len(data))
     device = model.unembedding.device
     scores = [None] * len(examples)
-    rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
-    for numbers in tqdm(rows, desc=progress, unit="row", disable=None if progress else True, leave=False):
-        row = make_row(data, examples[numbers], row_format, predict=None if rule == "reward" else "all")
-        comparison_ends = np.cumsum(np.bincount(row.owner.numpy()))
+    parts = list(_parts(data, examples, row_format, micro_tokens))
+    part_numbers, part_completions = zip(*parts)
+    lengths = packed_lengths(data, examples[list(part_numbers)], row_format, part_completions)
+    rows = pack(lengths, micro_tokens)
+    for in_row in tqdm(rows, desc=progress, unit="row", disable=None if progress else True, leave=False):
+        numbers, kept = zip(*[parts[i] for i in in_row])
+        row = make_row(data, examples[list(numbers)], row_format, kept, None if rule == "reward" else "all")
         row = row.to(device)
         hidden = model(row.tokens, row.layout, prefix, only_ends=rule == "reward")
         values = rule(model, hidden, row) if callable(rule) else completion_scores(model, hidden, row, rule)
         values = values.cpu().double().numpy()  # 64 bits on the CPU only: not every device has them
-        for number, part in zip(numbers, np.split(values, comparison_ends[:-1])):
+        ends = np.cumsum(list(map(len, kept)))
+        for number, keep, part in zip(numbers, kept, np.split(values, ends[:-1])):
             if not np.isfinite(part).all():
                 raise InputError(f"{data.where(examples[number])}: the model gives a score that is not a "
                                  "finite number; its weights may be damaged")
-            scores[number] = part
+            if scores[number] is None:
+                scores[number] = np.zeros((len(data.lengths(examples[number])) - 1, *part.shape[1:]))
+            scores[number][keep] = part
     if context_ids is not None:
         scores = np.concatenate(scores)
         return [scores[numbers] for numbers in positions]
     return scores
+
+
+def _parts(data, examples, row_format, micro_tokens):
+    """Yield (number in `examples`, numbers of completions) for each comparison. One that is longer than
+    `micro_tokens` comes in parts, each with its context, as completions do not see each other."""
+    lengths = packed_lengths(data, examples, row_format)
+    for number, (example, length) in enumerate(zip(examples, lengths)):
+        completions = list(range(len(data.lengths(example)) - 1))
+        if length <= micro_tokens:
+            yield number, completions
+            continue
+        context, *with_context = packed_lengths(
+            data, [example] * (1 + len(completions)), row_format, [[], *([k] for k in completions)])
+        alone = [tokens - context for tokens in with_context]
+        for part in pack(alone, micro_tokens - context):
+            yield number, sorted(part)
 
 
 def _distinct_completions(data, examples, context_ids):

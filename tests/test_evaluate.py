@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import (BYTES, PM_FLAGS, alone, evaluate, make_comparisons, metrics, read_jsonl, run,
+from conftest import (BYTES, PM_FLAGS, alone, evaluate, load, make_comparisons, metrics, read_jsonl, run,
                       run_refused, run_well, write_jsonl)
 
 import checkpoint
 from data.comparisons import load_comparisons
+from data.packing import RowFormat
 from evals import pm as figures
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,6 +364,23 @@ def test_out_is_written_although_nobody_reads_what_is_printed(pm, few, tmp_path)
     (("elo", "--seed", "-1"), "evaluate.py elo: error: argument --seed: invalid int from 0")])
 def test_wrong_flags_are_answered_in_one_line(flags, words):
     assert words in run_refused("evaluate.py", *flags)
+
+
+def test_a_comparison_that_is_longer_than_a_micro_batch_is_scored_in_parts(pm, tmp_path):
+    """Its memory is bounded, and its scores are the same."""
+    model, tokenizer, _ = checkpoint.load(pm)
+    records = [{"context": "Now tell:", "completions": [f"{'long ' * 9}{i}" for i in range(40)],
+                "scores": list(range(40))}, {"context": "", "completions": ["a", "b"], "scores": [1, 0]}]
+    data, row_format = load(tmp_path, records), RowFormat(100, tokenizer)
+    sizes, seen = [], []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for micro_tokens in (10_000, 150):
+        for rule in ("reward", "sum"):
+            seen.append(figures.score_all(model, data, np.arange(2), rule, row_format, micro_tokens))
+    assert max(sizes[:2]) > 1800 and max(sizes[2:]) <= 150
+    for whole, parts in zip(seen[:2], seen[2:]):
+        for a, b in zip(whole, parts, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("benchmark", ["pm", "hhh", "lm"])
