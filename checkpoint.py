@@ -130,14 +130,25 @@ def _read_meta(path, kind):
 
 
 def load_train_state(folder):
-    path = find(folder) / "train_state.pt"
+    """What `save` was given as train_state. Raises InputError if it is damaged, or of other weights than
+    those beside it."""
+    folder = find(folder)
+    path = folder / "train_state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a different type for each way a file can be damaged
         why = str(error)[:80]
         raise InputError(f"{path}: missing or damaged, so this run cannot go on ({why})") from None
     optimizer, = fields(state if isinstance(state, dict) else {}, path, {"optimizer": dict})
-    fields(optimizer, f"{path}: optimizer", {"state": dict, "param_groups": [dict]})
+    states, groups = fields(optimizer, f"{path}: optimizer", {"state": dict, "param_groups": [dict]})
+    shapes = {()}  # of the optimizer's counts of steps, and of all weights
+    for file in weight_files(folder):
+        with safetensors.safe_open(file, "pt") as weights:
+            shapes |= {tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    numbers = [number for group in groups for number in group.get("params", ())]
+    tensors = [tensor for values in states.values() for tensor in values.values()]
+    if sorted(states) != sorted(numbers) or not {tuple(tensor.shape) for tensor in tensors} <= shapes:
+        raise InputError(f"{path}: is not of the weights beside it, so this run cannot go on")
     return state
 
 

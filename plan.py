@@ -14,8 +14,10 @@ from ranks import device_memory
 # Flags
 
 
-def positive(kind, most=2**36):
+def positive(kind, most=None):
     """An argparse type: an int or a float above 0, and not too large to count with."""
+    most = most or {int: 2**36, float: 1e300}[kind]
+
     def parse(text):
         value = kind(text)
         if not 0 < value <= most:
@@ -39,7 +41,7 @@ def between(kind, low, high):
 def run_folder(out):
     """An argparse type: the folder of a run, which may be there already."""
     if os.path.lexists(out) and not os.path.isdir(out):
-        raise argparse.ArgumentTypeError(f"{out}: is there, and is no folder; give another --out")
+        raise argparse.ArgumentTypeError(f"--out {out} exists, and is no folder")
     return out
 
 

@@ -46,7 +46,7 @@ def start(device="auto"):
                                (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from None
     # oneDNN keeps a compiled kernel for each shape of matrices, of up to some MB. Packed rows have a new

@@ -278,8 +278,8 @@ class Log:
         path = Path(args.out) / "metrics.jsonl"
         kept = []
         if path.exists() and step:  # a resumed run does the steps after its checkpoint again
-            kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) <= step]
-        write_file(path, "".join(kept))
+            kept = [line + b"\n" for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+        write_file(path, b"".join(kept))
         self.file = open(path, "a")
         self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -323,6 +323,7 @@ class Log:
 
 def _step_of(line):
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # this line was being written when the run was killed
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # This line was being written when the run was killed.
         return math.inf

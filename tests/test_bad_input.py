@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import (DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, run, run_refused, run_well,
-                      strict_output, write_jsonl)
+import torch
+from conftest import (DATA, LM_FLAGS, PM_FLAGS, make_comparisons, make_texts, metrics, run, run_refused,
+                      run_well, strict_output, write_jsonl)
 
 import checkpoint
 from data.errors import InputError, run_main
@@ -158,6 +159,7 @@ BAD_FLAGS = {  # script (and what else is not as usual), flags that follow good 
     "unknown score": ("evaluate.py", "--score f1", "argument --score: invalid choice"),
     "unknown flag": ("train_lm.py", "--learning_rate 3", "unrecognized arguments: --learning_rate 3"),
     "unknown device": ("train_lm.py", "--device abacus", "--device abacus: not available here"),
+    "device without numbers": ("train_lm.py", "--device meta", "--device meta: not available here"),
     "ctx of 0": ("train_lm.py", "--ctx 0", "argument --ctx: invalid positive int value: '0'"),
     "ctx too small": ("train_pm.py", "--ctx 2", "no comparison to train on is left at --ctx 2"),
     "ctx too small to score": ("evaluate.py", "--ctx 2", "no comparison is left to score"),
@@ -271,7 +273,7 @@ def test_a_run_into_what_is_no_folder_is_refused_before_the_work(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for out in (tmp_path / "pipe", tmp_path / "link", Path("/dev/full")):
         answer = run_refused("train_lm.py", "--data", "no such data", "--out", out)
-        assert f"argument --out: {out}: is there, and is no folder" in answer
+        assert f"--out {out} exists, and is no folder" in answer
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
@@ -464,6 +466,37 @@ def test_a_run_whose_state_is_damaged_cannot_be_resumed(damaged, lm, comparisons
     flags = ("--init", lm, "--data", comparisons_file, *PM_FLAGS)
     refused("train_pm.py", *flags, "--out", damaged, "--resume", names=[path])
     assert {p.name: p.read_bytes() for p in damaged.iterdir()} == before
+
+
+def other_shapes(optimizer):
+    for state in optimizer["state"].values():
+        state["exp_avg"] = state["exp_avg"].flatten()[:1]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda state: [state], 'no "optimizer"'),
+    (lambda state: {"optimizer": 5}, '"optimizer" must be an object'),
+    (lambda state: {"optimizer": {}}, 'optimizer: no "state"'),
+    (lambda state: other_shapes(state["optimizer"]) or state, "is not of the weights beside it"),
+    (lambda state: state["optimizer"]["state"].clear() or state, "is not of the weights beside it")])
+def test_a_run_whose_state_is_of_another_form_cannot_be_resumed(damaged, lm, comparisons_file, damage, words):
+    state = damage(torch.load(damaged / "train_state.pt"))
+    torch.save(state, damaged / "train_state.pt")
+    change_json(damaged / "meta.json", step=4)
+    flags = ("--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", damaged, "--resume")
+    refused("train_pm.py", *flags, names=[damaged / "train_state.pt", words])
+
+
+def test_a_log_with_nonsense_in_it_is_gone_on_with(damaged, lm, comparisons_file):
+    """Lines that are no steps are left out, as is one that was being written when a run was killed."""
+    good = b"".join(b'{"step": %d, "loss": 1}\n' % step for step in range(1, 5))
+    bad = b'\xff\n[1]\n5\nnull\n{"step": "x"}\n{"step": null}\n{"loss": 1}\n' + b"[" * 100_000 + b"\n"
+    (damaged / "metrics.jsonl").write_bytes(good + bad)
+    change_json(damaged / "meta.json", step=4)
+    flags = ("--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", damaged, "--resume")
+    assert "resumed after step 4" in run_well("train_pm.py", *flags)
+    steps = [record["step"] for record in metrics(damaged) if "loss" in record]
+    assert steps == list(range(1, 9))
 
 
 def test_published_comparisons_of_another_form_are_refused(lm, tmp_path):
