@@ -278,7 +278,7 @@ def write_file(path, content):
     path = output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=path.name + ".", delete=False) as file:
+            dir=path.parent, prefix=path.name + ".", suffix=".writing", delete=False) as file:
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -299,8 +299,8 @@ def check_writable(path):
 
 
 def lock_folder(out):
-    """Hold the folder OUT for this process, until the file descriptor that is returned is closed or the
-    process ends. Raises InputError, with the process that holds it, if another run is writing there."""
+    """Hold the folder OUT of a run for this process, until the file descriptor that is returned is closed or
+    the process ends. Raises InputError, with the process that holds it, if another run is writing there."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
@@ -316,6 +316,8 @@ def lock_folder(out):
         who = f"process {holders[0]}" if holders else "another process"
         raise InputError(f"{out}: {who} is writing to this folder; wait for it, or give another --out"
                          ) from None
+    for path in Path(out).glob("*.writing"):  # by a run that was killed, as this is the only one now
+        path.unlink()
     return folder
 
 

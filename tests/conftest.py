@@ -297,7 +297,7 @@ GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=200, metavar="N",
+    parser.addoption("--fuzz", type=int, default=100, metavar="N",
                      help="mutations of each kind of file in tests/test_fuzz.py")
 
 

@@ -97,6 +97,15 @@ def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch, suffix):
         read(path, compress(b"short\n" + b"x" * 2**20 + b"\nshort"))
 
 
+def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path):
+    code = ("import os\nfrom data.files import write_file\n"
+            "os.replace = lambda *_: os.kill(os.getpid(), 9)\nwrite_file({!r}, 'text')")
+    subprocess.run([sys.executable, "-c", code.format(str(tmp_path / "log"))], cwd=ROOT)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".writing"]
+    files.lock_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 READ = """
 import resource, sys
 from data.files import read_lines

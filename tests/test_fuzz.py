@@ -1,7 +1,7 @@
 """Fuzzing: valid files of every kind are mutated at random, and only two ends are accepted. Either the file
 is read, or there is an InputError of one line that names the file. Any other exception is a defect.
 
-    python -m pytest tests/test_fuzz.py -s --fuzz 5000      mutations of each kind (default: 200)
+    python -m pytest tests/test_fuzz.py -s --fuzz 5000      mutations of each kind (default: 100)
 
 The mutations are seeded. A file that led to a defect stays in pytest's folder of the test.
 """
@@ -317,7 +317,8 @@ CHECKPOINTS = {  # what is mutated: (how the folder is made from a checkpoint, h
     "Hugging Face folder": (foreign_folder, read_checkpoint),
     "gguf": (gguf_file, lambda folder: read_checkpoint(folder / "model.gguf"))}
 # These get so many times fewer mutations:
-SLOW = {"tokenizer.json": 10, "train_state.pt": 5, "gguf": 5, "comparisons": 3, "plain text": 3}
+SLOW = {"tokenizer.json": 10, "gguf": 10, "train_state.pt": 5, "comparisons": 5, "plain text": 5, "reddit": 3,
+        "stackexchange": 3}
 
 
 def valid_files(name, request):
