@@ -217,7 +217,7 @@ def training(model, loss, ranks):
     def work(r):
         loss_sum, count = loss(model, r)
         loss_sum.backward()
-        trainer.scale_and_clip(optimizer, count, 1.0, ranks)
+        trainer.scale_and_clip(optimizer, count, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return work

@@ -152,15 +152,16 @@ def load_train_state(folder):
     return state
 
 
-def save(out, model, tokenizer, meta, train_state):
-    """Write OUT/step-N, whole or not at all, and then remove older ones. N is meta["step"]."""
+def save(out, config, weights, tokenizer, meta, train_state):
+    """Write OUT/step-N, whole or not at all, and then remove older ones. N is meta["step"]. weights: the
+    model's state dict."""
     out = Path(out)
     place, partial = out / f"step-{meta['step']}", out / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_file(partial / "config.json", json.dumps(make_config(model.config, tokenizer), indent=1))
-        write_weights(partial, model.state_dict())
+        write_file(partial / "config.json", json.dumps(make_config(config, tokenizer), indent=1))
+        write_weights(partial, weights)
         tokenizer.save(partial, append_eoc=meta["kind"] == "pm" and meta.get("eoc", True))
         _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}

@@ -75,7 +75,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = start(args.device)
+    ranks = start(args.device, args.shard)
     text_files, dialogue_files, prompt_name = find_sources(args)
     resumed = trainer.resumed(args, ranks, "lm", text_files + dialogue_files)
     model, tokenizer, meta = checkpoint.load_lm(args.init)
@@ -110,14 +110,12 @@ def main():
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
 
     def rows_of(numbers):
-        """This rank's share of these sequences, in rows."""
-        lengths = [len(sequences[i]) for i in numbers]
-        mine = [numbers[j] for j in balance(lengths, ranks.world)[ranks.rank]]
-        rows = pack([len(sequences[i]) for i in mine], micro_tokens)
-        return [SequenceRow([mine[j] for j in row], sequences, stored) for row in rows]
+        return [numbers[row] for row in pack([len(sequences[i]) for i in numbers], micro_tokens)]
 
-    def micro_batches(step):
-        return rows_of(train[step_examples(len(train), args.batch, args.seed, step)[1]])
+    def micro_batches(step, rank=ranks.rank):
+        numbers = train[step_examples(len(train), args.batch, args.seed, step)[1]]
+        mine = balance([len(sequences[i]) for i in numbers], ranks.world)[rank]
+        return [SequenceRow(row, sequences, stored) for row in rows_of(numbers[mine])]
 
     def loss(model, row):
         hidden = model(row.tokens, row.layout)
@@ -131,9 +129,9 @@ def main():
 
     def evaluate(model):
         total, n_tokens = 0.0, 0
-        for row in rows_of(held_out):
-            row_loss, count, _ = loss(model, row.to(ranks.device))
-            total, n_tokens = total + row_loss.item(), n_tokens + count
+        for numbers, counts in ranks.share(rows_of(held_out)):
+            row_loss, count, _ = loss(model, SequenceRow(numbers, sequences, stored).to(ranks.device))
+            total, n_tokens = total + counts * row_loss.item(), n_tokens + counts * count
         total, n_tokens = ranks.sum([total, n_tokens])
         return {"loss": total / n_tokens, "tokens": round(n_tokens)}
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import losses
 
@@ -255,12 +256,14 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The transformer. `dtype` is the precision of matrix products; weights, residual stream and losses are
-    fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching.
+    fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching. With
+    `recompute` set, of each block only the input is kept for the backward pass, which computes the rest anew.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.dtype, self.plain = config, torch.float32, fast_attention is None
+        self.recompute = False
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.d_model),
             layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -319,7 +322,11 @@ class GPT(nn.Module):
         for i, block in enumerate(self.model.layers):
             at_ends = only_ends and i == len(self.model.layers) - 1
             attend = functools.partial(self.attend, i, layout, cache, at_ends)
-            x = block(x, cos, sin, attend, ends if at_ends else None)
+            arguments = x, cos, sin, attend, ends if at_ends else None
+            if self.recompute and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         if cache is not None and layout is None:
             cache.length += tokens.shape[1]
         return self.model.norm(x)

@@ -87,6 +87,12 @@ def add_training_flags(parser, batch, batch_unit, batch_default, lr_default, sch
         "run)")
     add("--save_every", type=positive(int),
         help="steps between checkpoints, with one at the end (default: a fifth of the run)")
+    add("--recompute", action="store_true",
+        help="keep only what goes into each block, and compute the block once more in the backward pass: less "
+        "memory, a third more computation")
+    add("--shard", type=positive(int), default=1,
+        help="ranks that share one copy of weights, gradients and optimizer state, for models that do not fit "
+        "on one; the number of ranks is a multiple of it (default: %(default)s)")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, as if never stopped: bit for bit on CPUs; on CUDA "
         "up to the order in which flash attention's backward pass adds")

@@ -1,4 +1,10 @@
-"""The processes that train together, the device of each, and the precision that pays there."""
+"""The processes that train together (ranks), the device of each, and the precision that pays there.
+
+With --shard 1 each rank holds the whole model, and DistributedDataParallel adds up the gradients. With --shard
+N each holds an N-th of the weights, gradients and optimizer state: FSDP gathers a block's weights when they are
+needed, and adds up and scatters its gradients. Groups of N ranks are then copies of each other.
+"""
+import contextlib
 import datetime
 import os
 import shutil
@@ -6,8 +12,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import InputError
+
+PATIENCE = datetime.timedelta(minutes=10)  # how long a rank waits for the others, which may be saving
 
 
 @dataclass
@@ -29,6 +42,22 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, n):
+        """The largest of the ranks' whole numbers n."""
+        if self.world == 1:
+            return n
+        number = torch.tensor(n)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def share(self, items):
+        """This rank's part of `items`, a list of (item, True if it counts).
+
+        All ranks get equally many, as they go through a sharded model together. Where there are too few, some
+        ranks get one of the others' again, which does not count."""
+        places = range(self.rank, self.rank + -(-len(items) // self.world) * self.world, self.world)
+        return [(items[place % len(items)], place < len(items)) for place in places]
+
     def main(self):
         return self.rank == 0
 
@@ -37,13 +66,16 @@ class Ranks:
             print(*words, flush=True)
 
 
-def start(device="auto"):
-    """Join the other processes, if torchrun started several, and choose this one's device. Returns Ranks."""
+def start(device="auto", shard=1):
+    """Join the other processes, if torchrun started several, and choose this one's device. Returns Ranks.
+    Raises InputError if groups of `shard` ranks cannot be made of them."""
     if device == "auto":
         gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
         device = gpu or "cpu"
     world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if world % shard:
+        raise InputError(f"--shard {shard}: the number of ranks has to be a multiple of it, and is {world}")
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.zeros(1, device=device).item()
@@ -57,11 +89,97 @@ def start(device="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=PATIENCE)
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             torch.set_num_threads(max(1, os.cpu_count() // processes_here))
     return Ranks(rank, world, device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model on several ranks
+
+
+class Loss(nn.Module):
+    """A model together with its loss, as the one forward pass that DistributedDataParallel has to see."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        return self.loss(self.model, batch)
+
+
+class Parallel:
+    """A model whose ranks take their steps together. It holds `loss(model, batch) -> (sum, count, metrics)`."""
+
+    def __init__(self, model, loss, ranks, shard=1):
+        self.model, self.compute = model, Loss(model, loss)
+        if shard > 1:
+            shard_model(model, ranks, shard)
+        elif ranks.world > 1:
+            self.compute = DistributedDataParallel(self.compute, gradient_as_bucket_view=True)
+            self.compute.register_comm_hook(None, sum_gradients)
+
+    def backward(self, batch, weight=1.0, is_last=True):
+        """Compute the loss of a micro-batch and add `weight` times its gradient to that of the step. With the
+        step's last one all ranks' gradients are added up. Returns (sum, count, metrics)."""
+        context = contextlib.nullcontext()
+        if isinstance(self.compute, DistributedDataParallel) and not is_last:
+            context = self.compute.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+        with context:
+            loss_sum, count, metrics = self.compute(batch)
+            (loss_sum if weight == 1 else weight * loss_sum).backward()
+        return loss_sum.detach(), count, metrics
+
+
+def shard_model(model, ranks, shard):
+    """Give each rank its part of every tensor of the model: of each block by itself, and of all else together,
+    which is gathered for a whole forward and backward pass."""
+    kind, n_copies = ranks.device.type, ranks.world // shard
+    shape, names = ((n_copies, shard), ("replicate", "shard")) if n_copies > 1 else ((shard,), ("shard",))
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # our loss is a sum, and is divided by the global count
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave the factor out
+
+
+def sum_gradients(state, bucket):
+    """DistributedDataParallel's way to join gradients: their sum, where its own is their mean."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+def whole(state, keep):
+    """A state dict with every sharded tensor gathered, on the CPU. All ranks have to ask for it together; those
+    that do not `keep` it get None in its place, and need no memory for it."""
+    if isinstance(state, dict):
+        return {key: whole(value, keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value, keep) for value in state]
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if keep else None
+    return state
+
+
+def sharded_as(optimizer, state):
+    """A whole optimizer state, as `whole` gathered it, cut into this rank's parts: those of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state["state"].items():
+        p = parameters[number]
+        for key, value in values.items():
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                values[key] = distribute_tensor(
+                    value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Devices
 
 
 def bf16_pays(device):

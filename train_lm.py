@@ -54,7 +54,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = start(args.device)
+    ranks = start(args.device, args.shard)
     files = toy.find_data(args.data, "lm.jsonl")
     resumed = trainer.resumed(args, ranks, "lm", files)
     if resumed:
@@ -86,9 +86,9 @@ def main():
     # A held-out token costs a third of a training token, as it has no backward pass.
     eval_tokens = min(EVAL_TOKENS, int(3 * EVAL_COST * n_steps * batch * ctx / n_evaluations))
 
-    def micro_batches(step):
+    def micro_batches(step, rank=ranks.rank):
         epoch, i = divmod(step, steps_per_epoch)
-        mine = epoch_windows(epoch)[i * batch:(i + 1) * batch][ranks.rank::ranks.world]
+        mine = epoch_windows(epoch)[i * batch:(i + 1) * batch][rank::ranks.world]
         return [windows(text, mine[j:j + micro_batch], ctx) for j in range(0, len(mine), micro_batch)]
 
     def loss(model, batch):
@@ -127,11 +127,12 @@ def held_out_loss(model, text, tokenizer, ctx, eval_tokens, micro_batch, ranks):
     ctx = min(ctx, len(text.tokens) - 1)
     n_windows = (len(text.tokens) - 1) // ctx
     starts = [ctx * i for i in spread(n_windows, max(1, eval_tokens // ctx))]
-    mine, total, n_bytes = starts[ranks.rank::ranks.world], 0.0, 0
-    for i in range(0, len(mine), micro_batch):
-        batch = windows(text, mine[i:i + micro_batch], ctx)
-        n_bytes += tokenizer.count_bytes(batch[:, 1:].numpy())
-        total += window_loss(model, batch.to(ranks.device)).item()
+    total, n_bytes = 0.0, 0
+    for mine, counts in ranks.share([starts[i:i + micro_batch] for i in range(0, len(starts), micro_batch)]):
+        batch = windows(text, mine, ctx)
+        batch_loss = window_loss(model, batch.to(ranks.device)).item()
+        if counts:
+            total, n_bytes = total + batch_loss, n_bytes + tokenizer.count_bytes(batch[:, 1:].numpy())
     total, n_bytes = ranks.sum([total, n_bytes])
     n_tokens = len(starts) * ctx
     return {"loss": total / n_tokens, "bits_per_byte": total / math.log(2) / n_bytes, "tokens": n_tokens}

@@ -106,7 +106,7 @@ def parse_args():
 def main():
     args = parse_args()
     check_flags(args)
-    ranks = start(args.device)
+    ranks = start(args.device, args.shard)
     toy_name = "binary.jsonl" if args.objective == "binary" else "ranked.jsonl"
     sources = [toy.find_data([path], toy_name) for path in args.data]
     files = list(dict.fromkeys(file for source in sources for file in source))
@@ -148,12 +148,12 @@ def main():
             row.token_weight = lm_token_weights(row, objective)
         return row
 
-    def micro_batches(step):
+    def micro_batches(step, rank=ranks.rank):
         epoch, numbers = step_examples(len(train), batch, args.seed, step)
         examples = train[numbers]
         kept = [completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
         lengths = packed_lengths(data, examples, row_format, kept)
-        mine = balance(lengths, ranks.world)[ranks.rank]
+        mine = balance(lengths, ranks.world)[rank]
         rows = [[mine[j] for j in row] for row in pack([lengths[i] for i in mine], micro_tokens)]
         return [training_row(examples[row], [kept[i] for i in row]) for row in rows]
 
@@ -303,7 +303,7 @@ def held_out_figures(model, data, examples, objective, row_format, micro_tokens,
     sums = np.zeros(4)  # of the loss, of what it counts, of comparisons ranked right, of comparisons to rank
     predict = "best" if objective == "imitation" else None
     rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
-    for numbers in rows[ranks.rank::ranks.world]:
+    for numbers, counts in ranks.share(rows):
         row = make_row(data, examples[numbers], row_format, predict=predict)
         n_ranked = row.pair_weight.sum().item()
         if objective == "imitation":
@@ -316,7 +316,7 @@ def held_out_figures(model, data, examples, objective, row_format, micro_tokens,
             row = row.to(ranks.device)
             scores = model.rewards(model(row.tokens, row.layout, only_ends=True))
             loss, count, _ = reward_loss(scores, row, objective)
-        sums += [loss.item(), count, pairs_right(scores, row).item(), n_ranked]
+        sums += counts * np.array([loss.item(), count, pairs_right(scores, row).item(), n_ranked])
     loss, count, right, n_ranked = ranks.sum(sums.tolist())
     figures = {"loss": loss / count} if count else {}
     if n_ranked:

@@ -17,18 +17,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 from data.errors import InputError
 from data.files import content_key, file_digest, lock_folder, write_file
 from plan import eval_interval
-from ranks import check_compiler
+from ranks import Parallel, check_compiler, sharded_as, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Going on with a run
 
-RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "eval_every", "save_every", "resume", "out", "data"}
+RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "recompute", "shard", "eval_every", "save_every",
+                     "resume", "out", "data"}
 
 
 def trained_on(earlier, files, held_out):
@@ -98,8 +100,9 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
           metric_names=(), resumed_from=None, largest=None):
     """Train `model` in place and leave its checkpoint in --out. Returns the last evaluation's figures.
 
-    micro_batches(step): this rank's micro-batches of a step, on the CPU, each with .to(device) and
-        .pin_memory(). A pure function, called in a thread of its own while the step before is computed.
+    micro_batches(step, rank): a rank's micro-batches of a step, by default this one's, on the CPU, each with
+        .to(device) and .pin_memory(). A pure function, called in a thread of its own while the step before is
+        computed. If a step has fewer examples than ranks, the first ranks have them.
     loss(model, batch) -> (sum, count, metrics): as the head of this file says.
     evaluate(model) -> dict of figures. It is called on all ranks.
     where(batch): the batch's examples in words, for an error message.
@@ -109,20 +112,20 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
         first step, so that a run that does not fit in memory fails then, and not after hours.
     """
     model.to(ranks.device)
+    model.recompute = args.recompute
+    if args.compile:
+        check_compiler(ranks.device)
+        model.compile_blocks()
+    together = Parallel(model, loss, ranks, args.shard)
     optimizer = make_optimizer(model, lr, args.weight_decay)
     step, figures = 0, {}
     if resumed_from:
         step, figures = resumed_from["step"], resumed_from["metrics"]
-        optimizer.load_state_dict(checkpoint.load_train_state(args.out)["optimizer"])
+        state = checkpoint.load_train_state(args.out)["optimizer"]
+        optimizer.load_state_dict(sharded_as(optimizer, state))
         ranks.say(f"resumed after step {step}")
-    if ranks.world > 1:
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-    if args.compile:
-        check_compiler(ranks.device)
-        model.compile_blocks()
     if largest is not None:
-        loss(model, largest.to(ranks.device))[0].backward()
+        together.backward(largest.to(ranks.device))
         optimizer.zero_grad(set_to_none=True)
 
     first_step = step
@@ -136,11 +139,14 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                 if eval_every and (step == n_steps or step % eval_every == 0):
                     figures = evaluated(model, evaluate)
                     log.evaluation(step, figures)
-                if (is_last or step % save_every == 0) and ranks.main():
-                    checkpoint.save(
-                        args.out, model, tokenizer,
-                        {**meta, "step": step, "n_steps": n_steps, "metrics": figures, "flags": vars(args)},
-                        {"optimizer": optimizer.state_dict(), "step": step})
+                if is_last or step % save_every == 0:
+                    weights, state = (whole(part.state_dict(), ranks.main()) for part in (model, optimizer))
+                    if ranks.main():
+                        checkpoint.save(
+                            args.out, model.config, weights, tokenizer,
+                            {**meta, "step": step, "n_steps": n_steps, "metrics": figures,
+                             "flags": vars(args)},
+                            {"optimizer": state, "step": step})
             if is_last:
                 break
 
@@ -149,15 +155,21 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                 group["lr"] = rate
             torch.manual_seed(args.seed * 1_000_003 + step)  # so resumed runs stay exact if you add dropout
             batches, sums, count, metrics = maker.batches(step), [], 0, dict.fromkeys(metric_names, 0.0)
-            for batch in batches:
-                batch_sum, batch_count, batch_metrics = loss(model, batch)
-                batch_sum.backward()
-                sums.append(batch_sum.detach())
+            n_batches = ranks.largest(len(batches))
+            if len(batches) < n_batches:
+                filler = batches[-1] if batches else micro_batches(step, rank=0)[0].to(ranks.device)
+            for i in range(n_batches):
+                is_last_batch = i == n_batches - 1
+                if i >= len(batches):  # all ranks go through the model equally often
+                    together.backward(filler, weight=0.0, is_last=is_last_batch)
+                    continue
+                batch_sum, batch_count, batch_metrics = together.backward(batches[i], is_last=is_last_batch)
+                sums.append(batch_sum)
                 count += batch_count
                 for name in metric_names:
                     metrics[name] = metrics[name] + batch_metrics[name]
             count, interrupted = ranks.sum([count, stop.asked])
-            norm = scale_and_clip(optimizer, count, args.clip, ranks)
+            norm = scale_and_clip(optimizer, count, args.clip)
             total, *metric_sums = ranks.sum([sum(sums), *metrics.values()])
             norm = norm.item()
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -204,24 +216,14 @@ class BatchMaker:
         return [batch.to(self.device, non_blocking=True) for batch in ready.result()]
 
 
-def scale_and_clip(optimizer, count, clip, ranks):
-    """Turn each rank's gradient of a summed loss into the gradient of the global mean, and clip it. Returns
-    its norm before clipping, a tensor.
-
-    Gradients are added up over ranks once a step, after the last micro-batch. A rank may have fewer
-    micro-batches than another, or none, which DistributedDataParallel's hooks do not allow.
-    """
-    gradients = []
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is None:  # this rank had no micro-batch
-                p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
-    if ranks.world > 1:
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
-    norm = torch.nn.utils.get_total_norm(gradients) / count
-    torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1) / count)
+def scale_and_clip(optimizer, count, clip):
+    """Turn the gradient of the loss that is summed over all ranks into that of the global mean, and clip it.
+    Returns its norm before clipping, a tensor."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / count
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_(own, (clip / (norm + 1e-6)).clamp(max=1) / count)
     return norm
 
 

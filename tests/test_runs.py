@@ -240,7 +240,8 @@ def save_two_checkpoints(lm, out, moments):
     for step in (1, 2):
         with torch.no_grad():
             model.model.norm.weight.fill_(step)
-        checkpoint.save(out, model, tokenizer, meta | {"step": step}, optimizer | {"step": step})
+        checkpoint.save(out, model.config, model.state_dict(), tokenizer, meta | {"step": step},
+                        optimizer | {"step": step})
     checkpoint.finish(out)
 
 

@@ -22,7 +22,7 @@ def written(out, model, tokenizer, kind):
     """The folder of a run that was saved once and finished."""
     meta = {"kind": kind, "objective": "any", "step": 1, "n_steps": 1, "metrics": {}, "flags": {}, "data": "",
             "trained_on": []}
-    checkpoint.save(out, model, tokenizer, meta, {"optimizer": {}, "step": 1})
+    checkpoint.save(out, model.config, model.state_dict(), tokenizer, meta, {"optimizer": {}, "step": 1})
     checkpoint.finish(out)
     return out
 
