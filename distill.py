@@ -75,7 +75,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = start(args.device, args.shard)
+    ranks = start(args.device)
     text_files, dialogue_files, prompt_name = find_sources(args)
     resumed = trainer.resumed(args, ranks, "lm", text_files + dialogue_files)
     model, tokenizer, meta = checkpoint.load_lm(args.init)
@@ -88,6 +88,7 @@ def main():
                          "must be the same")
     if resumed:
         model = resumed[0]
+    plan.fit_shard(args, ranks, model)
     model.to(ranks.device)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     teacher = teacher.to(ranks.device).freeze(model.dtype)

@@ -285,16 +285,20 @@ class GPT(nn.Module):
         """
         generator = torch.Generator(self.unembedding.device).manual_seed(seed)
         for name, p in self.named_parameters():
-            std = math.sqrt(2 / (5 * self.config.d_model))
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * self.config.n_layer)
-            if name == "score.weight":
-                std = 1 / math.sqrt(self.config.d_model + 1)
-            if p.dim() == 2:
-                nn.init.normal_(p, std=std, generator=generator)
-            else:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            self.init_tensor(name, p, generator)
         return self
+
+    def init_tensor(self, name, p, generator):
+        """Draw the parameter of this name into the tensor p. Parameters are drawn one after the other."""
+        std = math.sqrt(2 / (5 * self.config.d_model))
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * self.config.n_layer)
+        if name == "score.weight":
+            std = 1 / math.sqrt(self.config.d_model + 1)
+        if p.dim() == 2:
+            nn.init.normal_(p, std=std, generator=generator)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
     @property
     def unembedding(self):

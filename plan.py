@@ -45,6 +45,11 @@ def run_folder(out):
     return out
 
 
+def shards(text):
+    """An argparse type: a whole number above 0, or auto."""
+    return text if text == "auto" else positive(int)(text)
+
+
 def add_device_flags(parser):
     add = parser.add_argument
     add("--device", default="auto",
@@ -90,9 +95,9 @@ def add_training_flags(parser, batch, batch_unit, batch_default, lr_default, sch
     add("--recompute", action="store_true",
         help="keep only what goes into each block, and compute the block once more in the backward pass: less "
         "memory, a third more computation")
-    add("--shard", type=positive(int), default=1,
+    add("--shard", type=shards, default=1, metavar="N",
         help="ranks that share one copy of weights, gradients and optimizer state, for models that do not fit "
-        "on one; the number of ranks is a multiple of it (default: %(default)s)")
+        "on one: a divisor of the number of ranks, or auto, the smallest that fits (default: %(default)s)")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, as if never stopped: bit for bit on CPUs; on CUDA "
         "up to the order in which flash attention's backward pass adds")
@@ -144,14 +149,24 @@ STATE_BYTES = 16  # a parameter: weight, gradient and AdamW's two averages, in f
 CAST_BYTES = 2  # a parameter: its copy in bf16
 
 
-def token_bytes(config):
+def state_bytes(model, shard=1):
+    """Bytes of weights, gradients and optimizer state on each of `shard` ranks. Where these share a model, each
+    has besides, gathered for a while, the weights and gradients of two blocks and of all outside the blocks.
+    """
+    blocks, total = model.n_params()
+    gathered = total - blocks + 2 * blocks / model.config.n_layer if shard > 1 else 0
+    return STATE_BYTES * total / shard + 8 * gathered
+
+
+def token_bytes(config, device, recompute=False):
     """Activations that are kept for the backward pass, in bytes a token and in bf16.
 
     A block keeps about 14 vectors of d_model numbers and 4 of d_ff, and on CPUs two times the attention
-    weights of a token, over about 512 keys at most.
+    weights of a token, over about 512 keys at most. With --recompute all but one keep their input alone.
     """
-    weights = 2 * config.n_head * min(config.ctx, 512)
-    return config.n_layer * 2 * (14 * config.d_model + 4 * config.d_ff + weights)
+    weights = 2 * config.n_head * min(config.ctx, 512) if device.type == "cpu" else 0
+    block = 2 * (14 * config.d_model + 4 * config.d_ff + weights)
+    return config.n_layer * 4 * config.d_model + block if recompute else config.n_layer * block
 
 
 def micro_tokens(args, model, device):
@@ -159,29 +174,47 @@ def micro_tokens(args, model, device):
     """
     if args.micro_tokens:
         return args.micro_tokens
-    free = device_memory(device) - (STATE_BYTES + CAST_BYTES) * model.n_params()[1]
-    fitting = free / 3 / token_bytes(model.config)
+    shard, recompute = getattr(args, "shard", 1), getattr(args, "recompute", False)
+    free = device_memory(device) - state_bytes(model, shard) - CAST_BYTES * model.n_params()[1] / shard
+    fitting = free / 3 / token_bytes(model.config, device, recompute)
     return int(min(max(fitting, 256), 8192 if device.type == "cpu" else 65536))
 
 
-def fresh_model(args, tokenizer, ctx, device, value_head=False):
-    """A model of --size with weights drawn from --seed. Raises InputError if training it cannot fit in this
+def fit_shard(args, ranks, model):
+    """Make of --shard auto the smallest divisor of the number of ranks for which the model fits in memory, with
+    a quarter of it free for activations. Raises InputError if --shard does not divide the ranks, or does not
+    fit; otherwise the system would kill this process, or another one."""
+    have, divisors = device_memory(ranks.device), [n for n in range(1, ranks.world + 1) if ranks.world % n == 0]
+    if args.shard == "auto":
+        args.shard = next((n for n in divisors if state_bytes(model, n) < 0.75 * have), ranks.world)
+    if args.shard not in divisors:
+        raise InputError(f"--shard {args.shard}: the number of ranks has to be a multiple of it, and is "
+                         f"{ranks.world}")
+    need = state_bytes(model, args.shard)
+    if need > have:
+        raise InputError(f"weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this "
+                         f"{ranks.device.type} has {have / 2**30:,.0f}; give a smaller --size, or more ranks and "
+                         "--shard auto")
+
+
+def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
+    """A model of --size with weights drawn from --seed; if it is to be sharded, on torch's device "meta", where
+    tensors have no memory: then each rank draws its part. Raises InputError if training it cannot fit in this
     machine."""
     config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
     with torch.device("meta"):
         model = GPT(config)
-    need, have = STATE_BYTES * model.n_params()[1], device_memory(device)
-    if need > have:  # otherwise the system would kill this process, or another one
-        raise InputError(f"--size {args.size}: weights, gradients and optimizer take {need / 2**30:,.0f} "
-                         f"GiB, and this {device.type} has {have / 2**30:,.0f}; give a smaller --size")
-    return model.to_empty(device="cpu").init_weights(args.seed)
+    fit_shard(args, ranks, model)
+    return model if args.shard > 1 else model.to_empty(device="cpu").init_weights(args.seed)
 
 
 def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
     """Say what is about to happen: flags, model, data (`lines`), steps, memory, and where the output goes."""
     blocks, total = model.n_params()
     config = model.config
-    memory = STATE_BYTES * total + CAST_BYTES * blocks + micro_tokens * token_bytes(config)
+    state = state_bytes(model, args.shard) + CAST_BYTES * blocks / (config.n_layer if args.shard > 1 else 1)
+    activations = micro_tokens * token_bytes(config, ranks.device, args.recompute)
+    sharded = f", each model on {args.shard} of them" if args.shard > 1 else ""
     flags = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     if flags.get("init"):  # the checkpoint brings these
         flags = {name: value for name, value in flags.items() if name not in ("size", "tokenizer")}
@@ -190,6 +223,7 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
     ranks.say(f"flags: {flags}\nmodel: {config.n_layer} layers x {config.d_model}, {config.n_head} heads, "
               f"ctx {config.ctx}, vocabulary {config.vocab_size:,}; {blocks / 1e6:.2f}M parameters in the "
               f"blocks, {total / 1e6:.2f}M in all\n{data}\nrun: {n_steps:,} steps, peak learning rate "
-              f"{lr:.3g}, on {ranks.world} x {ranks.device.type} in "
+              f"{lr:.3g}, on {ranks.world} x {ranks.device.type}{sharded}, in "
               f"{str(model.dtype).removeprefix('torch.')}, micro-batches of {micro_tokens:,} tokens, about "
-              f"{memory / 2**30:.1f} GiB a rank\noutput: {args.out}")
+              f"{(state + activations) / 2**30:.1f} GiB a rank: {state / 2**30:.1f} of weights, gradients and "
+              f"optimizer, {activations / 2**30:.1f} of activations\noutput: {args.out}")

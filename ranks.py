@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,16 +66,13 @@ class Ranks:
             print(*words, flush=True)
 
 
-def start(device="auto", shard=1):
-    """Join the other processes, if torchrun started several, and choose this one's device. Returns Ranks.
-    Raises InputError if groups of `shard` ranks cannot be made of them."""
+def start(device="auto"):
+    """Join the other processes, if torchrun started several, and choose this one's device. Returns Ranks."""
     if device == "auto":
         gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
         device = gpu or "cpu"
     world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    if world % shard:
-        raise InputError(f"--shard {shard}: the number of ranks has to be a multiple of it, and is {world}")
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.zeros(1, device=device).item()
@@ -123,13 +120,12 @@ class Parallel:
             self.compute.register_comm_hook(None, sum_gradients)
 
     def backward(self, batch, weight=1.0, is_last=True):
-        """Compute the loss of a micro-batch and add `weight` times its gradient to that of the step. With the
-        step's last one all ranks' gradients are added up. Returns (sum, count, metrics)."""
+        """Compute the loss of a micro-batch and add `weight` times its gradient to that of the step. Gradients
+        of all ranks are added up with the step's last one; those of a sharded model with each, as a rank has no
+        room for all of them. Returns (sum, count, metrics)."""
         context = contextlib.nullcontext()
         if isinstance(self.compute, DistributedDataParallel) and not is_last:
             context = self.compute.no_sync()
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(is_last)
         with context:
             loss_sum, count, metrics = self.compute(batch)
             (loss_sum if weight == 1 else weight * loss_sum).backward()
@@ -146,6 +142,23 @@ def shard_model(model, ranks, shard):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # our loss is a sum, and is divided by the global count
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave the factor out
+
+
+@torch.no_grad()
+def draw_shards(model, seed, device):
+    """Draw the weights of a sharded model whose tensors have no memory yet: those that GPT.init_weights draws,
+    each tensor by itself, of which a rank keeps its part."""
+    model.to_empty(device=device)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        drawn = torch.empty(p.shape)
+        model.init_tensor(name, drawn, generator)
+        p.copy_(part_of(drawn, p))
+
+
+def part_of(tensor, p):
+    """This rank's part of a whole tensor, where it has that part of the sharded parameter p."""
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def sum_gradients(state, bucket):
@@ -173,8 +186,7 @@ def sharded_as(optimizer, state):
         p = parameters[number]
         for key, value in values.items():
             if isinstance(p, DTensor) and value.shape == p.shape:
-                values[key] = distribute_tensor(
-                    value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+                values[key] = part_of(value, p)
     return state
 
 

@@ -54,7 +54,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = start(args.device, args.shard)
+    ranks = start(args.device)
     files = toy.find_data(args.data, "lm.jsonl")
     resumed = trainer.resumed(args, ranks, "lm", files)
     if resumed:
@@ -63,7 +63,8 @@ def main():
         model, tokenizer, meta = checkpoint.load(args.init, value_head=False)
     else:
         tokenizer, meta = get_tokenizer(args.tokenizer, files), None
-        model = plan.fresh_model(args, tokenizer, args.ctx or 256, ranks.device)
+        model = plan.fresh_model(args, tokenizer, args.ctx or 256, ranks)
+    plan.fit_shard(args, ranks, model)
     ctx = plan.set_ctx(model, args.ctx or model.config.ctx)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)

@@ -106,12 +106,13 @@ def parse_args():
 def main():
     args = parse_args()
     check_flags(args)
-    ranks = start(args.device, args.shard)
+    ranks = start(args.device)
     toy_name = "binary.jsonl" if args.objective == "binary" else "ranked.jsonl"
     sources = [toy.find_data([path], toy_name) for path in args.data]
     files = list(dict.fromkeys(file for source in sources for file in source))
     wants_head = args.objective != "imitation"
     model, tokenizer, earlier_meta, is_resumed = build_model(args, ranks, files, wants_head)
+    plan.fit_shard(args, ranks, model)
     if args.chat:
         tokenizer.use_chat()
     model.dtype = pick_dtype(args.dtype, ranks.device)
@@ -217,7 +218,7 @@ def build_model(args, ranks, files, wants_head):
         return model, tokenizer, meta, False
     text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)
-    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks.device, wants_head), tokenizer, None, False
+    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks, wants_head), tokenizer, None, False
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import checkpoint
 from data.errors import InputError
 from data.files import content_key, file_digest, lock_folder, write_file
 from plan import eval_interval
-from ranks import Parallel, check_compiler, sharded_as, whole
+from ranks import Parallel, check_compiler, draw_shards, sharded_as, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Going on with a run
@@ -111,12 +111,16 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     largest: a micro-batch that needs more memory than the usual ones, or None. It is computed once before the
         first step, so that a run that does not fit in memory fails then, and not after hours.
     """
-    model.to(ranks.device)
+    is_drawn = not model.unembedding.is_meta
+    if is_drawn:
+        model.to(ranks.device)
     model.recompute = args.recompute
     if args.compile:
         check_compiler(ranks.device)
         model.compile_blocks()
     together = Parallel(model, loss, ranks, args.shard)
+    if not is_drawn:
+        draw_shards(model, args.seed, ranks.device)
     optimizer = make_optimizer(model, lr, args.weight_decay)
     step, figures = 0, {}
     if resumed_from:

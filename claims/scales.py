@@ -12,11 +12,13 @@ steps teach them nothing.
 """
 import copy
 import functools
+import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import plan
@@ -28,7 +30,7 @@ from data.files import content_key, read_records, write_file
 from data.prompts import load_prompt
 from data.toy import sources as toy_sources
 from data.toy.world import build_world
-from model import SIZES
+from model import GPT, SIZES, Config
 
 # The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
 # parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for both objectives (results/LOG.md).
@@ -423,17 +425,29 @@ def paper_plan():
     print(f"""\
 Assumed: GPUs of {GPU_BYTES / 1e9:.0f} GB and {GPU_FLOPS / 1e12:.0f} TFLOP/s in bf16, {UTILISATION:.0%} of \
 that reached; 6 FLOPs a parameter and token;
-16 bytes a parameter for weights, gradients and optimizer, and half a GPU for activations. This project is
-data parallel: each GPU holds the whole model. Where that does not fit, the number of GPUs is what sharding
-the state, which is not here, would need at least.
+micro-batches of one context of 8,192 tokens. Memory is by plan.py's formula, and none of this was run on GPUs.
+With --init each rank first reads the whole model into its machine's memory, 4 bytes a parameter; and rank 0
+gathers all that it saves there, 12 bytes a parameter.
 """)
     for size in ("13m", "42m", "197m", "810m", "2.7b", "13b", "52b"):
-        n = parameters(size, 65536)
-        least = math.ceil(16 * n / (GPU_BYTES / 2))
-        gpus = max(8, 8 * math.ceil(least / 8))
-        fits = "" if least == 1 else f"; does not fit one GPU: needs sharding over {least} or more"
-        print(f"{size}: {n / 1e9:.3f}B parameters with embeddings, {16 * n / 1e9:,.1f} GB of state{fits}")
+        n_gpus, shard, recompute, state, activations = smallest_machine(size)
+        print(f"{size}: {parameters(size, 65536) / 1e9:.3f}B parameters with embeddings; on a GPU {state / 1e9:.1f} "
+              f"GB of weights, gradients and optimizer, {activations / 1e9:.1f} GB of activations")
+        flags = f" --shard {shard}" * (shard > 1) + " --recompute" * recompute
         for name, tokens, command in STAGES:
-            hours = 6 * n * tokens / (gpus * GPU_FLOPS * UTILISATION) / 3600
-            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {gpus} GPUs   "
-                  f"torchrun --nproc_per_node 8 {command.format(size=size)}")
+            hours = 6 * parameters(size, 65536) * tokens / (n_gpus * GPU_FLOPS * UTILISATION) / 3600
+            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {n_gpus} GPUs   torchrun "
+                  f"--nnodes {n_gpus // 8} --nproc_per_node 8 {command.format(size=size)}{flags}")
+
+
+def smallest_machine(size):
+    """(GPUs, --shard, --recompute, bytes of state and of activations on each) of the fewest groups of eight GPUs
+    that can train this size at a context of 8,192, with a tenth of their memory free."""
+    gpu, ctx = torch.device("cuda"), 8192
+    with torch.device("meta"):
+        model = GPT(Config(*SIZES[size], 65536, ctx, value_head=True))
+    for shard, recompute in itertools.product([1, *(8 * 2**i for i in range(8))], (False, True)):
+        state = plan.state_bytes(model, shard)
+        activations = ctx * plan.token_bytes(model.config, gpu, recompute)
+        if state + activations < 0.9 * GPU_BYTES:
+            return max(8, shard), shard, recompute, state, activations

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 
+# What torch says when it waits for another process in vain.
+LOST_RANK = "Connection closed|Connection reset|Connection refused|Broken pipe|[Tt]imed out|NCCL"
+
+
 class InputError(Exception):
     """Something that the user can mend. The message names the file, the line if there is one, and the
     mend."""
@@ -45,9 +49,13 @@ def run_main(main):
         message = f"{where}{error.strerror or error}"
     except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
         reason = str(error).partition("\n")[0]
-        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+            message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
+        elif "RANK" in os.environ and re.search(LOST_RANK, str(error)):
+            message = (f"another rank has ended, or does not answer ({reason[-120:]}); see what it said, then go "
+                       "on with --resume")
+        else:
             raise
-        message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
     print(f"{name}: error: {one_line(message)}", file=sys.stderr, flush=True)

@@ -119,14 +119,20 @@ def strict_output():
 
 def run_ranks(name, *flags, n=2, before=None):
     """Run n processes that train together, as torchrun does. Returns what the first one printed."""
+    done = [rank.result() for rank in start_ranks(name, *flags, before=[before] * n)]
+    assert [d.returncode for d in done] == [0] * n, "\n".join(d.stderr for d in done)
+    return done[0].stdout
+
+
+def start_ranks(name, *flags, before):
+    """Start a process for each of `before`, which is as for Running: together they train. Returns them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    ranks = [Running(name, *flags, before=before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                     LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n)]
-    done = [rank.result() for rank in ranks]
-    assert [d.returncode for d in done] == [0] * n, "\n".join(d.stderr for d in done)
-    return done[0].stdout
+    n = str(len(before))
+    return [Running(name, *flags, before=its_before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n,
+                    LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank, its_before in enumerate(before)]
 
 
 def evaluate(benchmark, *flags):

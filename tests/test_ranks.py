@@ -2,12 +2,11 @@
 on in other numbers."""
 import os
 import signal
-import time
 
 import pytest
 import torch
-from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, Running, make_texts, metrics, rankable_comparisons, run_ranks,
-                      run_refused, run_well, write_jsonl)
+from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, make_texts, metrics, rankable_comparisons, run_ranks,
+                      run_refused, run_well, start_ranks, write_jsonl)
 
 import checkpoint
 import trainer
@@ -55,6 +54,15 @@ def test_ranks_train_as_one_does(trainings, tmp_path, name, n, shard):
     assert_same(one, tmp_path / "out")
 
 
+def test_a_fresh_model_has_the_same_weights_on_any_number_of_ranks(comparisons_file, tmp_path):
+    args = ("train_pm.py", "--data", comparisons_file, "--size", "test", "--tokenizer", "bytes", *GENTLE,
+            "--eval_every", 0)
+    run_well(*args, "--out", tmp_path / "one")
+    printed = run_ranks(*args, "--shard", 2, "--out", tmp_path / "two", n=4)
+    assert "on 4 x cpu, each model on 2 of them" in printed
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_rank_of_a_sharded_model_may_have_nothing_to_do(lm, tmp_path, batch):
     """Nine comparisons; with a batch of 4 an epoch's last step has one for two ranks."""
@@ -88,6 +96,30 @@ def test_a_run_goes_on_with_other_ranks_and_shards(trainings, tmp_path):
             else:
                 run_ranks(*words, "--shard", ranks[1], "--out", out, *more, n=ranks[0], before=before)
         assert_same(one, out)
+
+
+def die_at_step_three():
+    """In a rank's process: as if the system had killed it."""
+    step = trainer.Log.step
+
+    def changed(self, number, *rest):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, number, *rest)
+    trainer.Log.step = changed
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_rank_that_dies_ends_the_others_in_one_line(trainings, tmp_path, shard):
+    words, one = trainings["ranked"]
+    flags = (*words, "--shard", shard, "--save_every", 1, "--out", tmp_path / "out")
+    survivor, killed = start_ranks(*flags, before=[None, die_at_step_three])
+    assert killed.result().returncode == -signal.SIGKILL
+    done = survivor.result(seconds=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "error: another rank has ended, or does not answer" in done.stderr
+    run_ranks(*flags, "--resume")
+    assert_same(one, tmp_path / "out")
 
 
 def test_recomputing_blocks_changes_nothing(trainings, tmp_path):
