@@ -303,6 +303,7 @@ GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
 
 
 def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="also run tests/test_gpu.py, which needs a GPU")
     parser.addoption("--fuzz", type=int, default=100, metavar="N",
                      help="mutations of each kind of file in tests/test_fuzz.py")
 
