@@ -177,7 +177,7 @@ def compressor(path, disk):
     if path.suffix == ".xz":
         return lzma.open(disk, "wb", preset=2)
     if path.suffix == ".zst":
-        return zstandard.ZstdCompressor(level=6).stream_writer(disk, closefd=False)
+        return zstandard.ZstdCompressor(level=6, write_checksum=True).stream_writer(disk, closefd=False)
     if path.suffix == ".bz2":
         raise InputError(f"{path}: --out ends in .gz, .xz or .zst, or is not compressed")
     return contextlib.nullcontext(disk)

@@ -354,8 +354,9 @@ def attempt(folder, read):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             read(folder)
         return "read"
-    except InputError as error:
-        message = one_line(str(error))
+    except (InputError, OSError) as error:
+        is_ours = isinstance(error, InputError)
+        message = one_line(str(error) if is_ours else f"{error.filename}: {error.strerror}")
         return "refused" if str(folder) in message else f"the file is not named: {message}"
     except BaseException:
         return traceback.format_exc()

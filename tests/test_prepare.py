@@ -246,6 +246,17 @@ def test_output_is_compressed_by_its_ending_and_equal_each_time(tmp_path, ending
         {"context": "P", "completions": ["é\ufffd", "b"], "scores": [1, 0], "group": "P"}]
 
 
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_a_changed_byte_of_the_output_is_noticed(tmp_path, ending):
+    raw, out = write_jsonl(tmp_path / "raw.jsonl", [PAIR]), tmp_path / f"out.jsonl{ending}"
+    run_well(SCRIPT, "pairs", "--raw", raw, "--out", out)
+    content = out.read_bytes()
+    for place in range(14, len(content)):  # the headers have names and times that do not matter
+        out.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        with pytest.raises(InputError):
+            list(read_records(out))
+
+
 def test_a_killed_run_leaves_no_output(tmp_path):
     raw, out = write_jsonl(tmp_path / "raw.jsonl", [PAIR] * 100000), tmp_path / "out.jsonl"
     running = Running(SCRIPT, "pairs", "--raw", raw, "--out", out)
