@@ -52,8 +52,9 @@ def run_main(main):
         if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
             message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
         elif "RANK" in os.environ and re.search(LOST_RANK, str(error)):
-            message = (f"another rank has ended, or does not answer ({reason[-120:]}); see what it said, then go "
-                       "on with --resume")
+            reason = re.sub(r"^.*?\[\S+:\d+\] ", "", reason)[:55]  # without torch's source line and its advice
+            message = (f"another rank has ended, or does not answer ({reason}); see what it said, then go on "
+                       "with --resume")
         else:
             raise
     script = Path(sys.argv[0])
