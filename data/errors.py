@@ -52,7 +52,7 @@ def run_main(main):
         if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
             message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
         elif "RANK" in os.environ and re.search(LOST_RANK, str(error)):
-            reason = re.sub(r"^.*?\[\S+:\d+\] ", "", reason).partition(". ")[0]  # without its place and advice
+            reason = re.sub(r"^.*?\[\S+:\d+\] ", "", reason).partition(". ")[0]  # not place and advice
             message = (f"another rank has ended, or does not answer ({reason}); see what it said, then go on "
                        "with --resume")
         else:
