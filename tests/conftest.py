@@ -4,6 +4,7 @@ A script runs in a process of its own, as from the command line. The process is 
 imported torch already, which takes a tenth of a second; starting Python anew takes three.
 """
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -124,11 +125,23 @@ def run_ranks(name, *flags, n=2, before=None):
     return done[0].stdout
 
 
+# Each process of tests tries ports of its own. What the system calls free it may give to two that ask at once.
+PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
+def free_port():
+    for port in PORTS:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass  # it is taken
+
+
 def start_ranks(name, *flags, before):
     """Start a process for each of `before`, which is as for Running: together they train. Returns them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     n = str(len(before))
     return [Running(name, *flags, before=its_before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n,
                     LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
