@@ -25,12 +25,16 @@ def against_imitation(lab, names):
     return {"imitation": imitation, "preference model": ranked_models(lab, names)}
 
 
-def with_rulers(arms):
-    """The values of arms, beside those of two rulers: the same preference models without the contexts, and
-    that the longer completion wins."""
+def with_rulers(lab, arms):
+    """The values of arms, beside those of two rulers: the same preference models without the contexts, which is
+    chance for a set that has none; and that the longer completion wins."""
     models = arms["preference model"]
-    return values(arms) | {"no context": values(models, without_context),
-                           "longer wins": values(models, figure_of("longer_wins"))}
+    no_context = values(models, without_context)
+    for sets in no_context.values():
+        for name in sets:
+            if not lab.has_contexts(name):
+                sets[name] = [{item: (0.5, group) for item, (_, group) in items.items()} for items in sets[name]]
+    return values(arms) | {"no context": no_context, "longer wins": values(models, figure_of("longer_wins"))}
 
 
 def add_kinds(lab, right, sentence, result, findings):
@@ -55,7 +59,7 @@ def ranked_beats_imitation(lab):
     larger the model."""
     arms = against_imitation(lab, lab.ranked)
     yield arms
-    right, sentence = with_rulers(arms), "preference model > imitation"
+    right, sentence = with_rulers(lab, arms), "preference model > imitation"
     result = growing(right, RIGHT, sentence, premises=["preference model > no context"])
     return add_kinds(lab, right, sentence, result, result.beside)
 
@@ -70,7 +74,7 @@ def binary_equals_imitation(lab):
     """
     arms = against_imitation(lab, lab.binary)
     yield arms
-    right, sentence = with_rulers(arms), "preference model = imitation"
+    right, sentence = with_rulers(lab, arms), "preference model = imitation"
     result = outcome(at_size(right, lab.size), sizes_figure(right, RIGHT), [sentence],
                      premises=["preference model > no context"], prefix=f"{size_label(lab.size)}: ")
     for size in lab.sizes[:-1]:

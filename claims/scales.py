@@ -24,7 +24,7 @@ import checkpoint
 import plan
 from claims.runs import ROOT, Run
 from data import toy
-from data.comparisons import hash64
+from data.comparisons import hash64, parse
 from data.errors import InputError
 from data.files import content_key, read_records, write_file
 from data.prompts import load_prompt
@@ -123,6 +123,13 @@ class Scale:
     def kinds(self):
         """{group of a comparison: its kind of question}, where kinds are known."""
         return {}
+
+    def has_contexts(self, name):
+        """Whether the comparisons of a set have contexts. Those of ETHICS utilitarianism are two texts alone."""
+        data = self.data(name)
+        path = data.out if isinstance(data, Run) else data
+        first = itertools.islice(read_records(path), 100)
+        return any(parse(record, f"{path}:{number}")[0] for number, record in first)
 
     # ---- Models
 

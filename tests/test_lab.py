@@ -314,12 +314,18 @@ class Invented(scales.Toy):
     def kinds(self):
         return {str(group): ("fact", "sum")[group % 2] for group in range(120)}
 
+    def has_contexts(self, name):
+        return name != "bare"
+
 
 class Published(scales.Small):
     """Published sets without files."""
 
     def data(self, name):
         return name
+
+    def has_contexts(self, name):
+        return True
 
 
 def words(run):
@@ -398,6 +404,23 @@ def undrawn(outcome):
 def badly_binarised(run):
     """Pre-training has learned nothing, and yet the binarised arm is the better one."""
     return -1.0 if run.trains else has("--binarise", 1.0, 0.0)(run)
+
+
+def test_without_contexts_chance_takes_the_place_of_no_context(made_up, monkeypatch):
+    """What a model knows without a context is then all that it knows."""
+    monkeypatch.setattr(scales.Toy, "ranked", ("bare",))
+    told = made_up("ranked-beats-imitation", has("imitation", 0.0, 1.0), draw=undrawn)
+    assert {seed for seeds in told.panels["all kinds"].series["no context"].values() for seed in seeds} == {50}
+    assert told.premises[0].verdict == "holds"
+
+
+@pytest.mark.parametrize("contexts, expected", [(["", ""], False), (["", "Why?"], True)])
+def test_whether_a_set_has_contexts_is_read_from_it(tmp_path, contexts, expected):
+    path = write_jsonl(tmp_path / "set.jsonl", [
+        {"context": context, "completions": ["a", "b"], "scores": [1, 0]} for context in contexts])
+    own = scales.Own.__new__(scales.Own)
+    own.files = {"own": path}
+    assert own.has_contexts("own") == expected
 
 
 @pytest.mark.parametrize("name, skill, premise", [
