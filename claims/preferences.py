@@ -33,7 +33,8 @@ def with_rulers(lab, arms):
     for sets in no_context.values():
         for name in sets:
             if not lab.has_contexts(name):
-                sets[name] = [{item: (0.5, group) for item, (_, group) in items.items()} for items in sets[name]]
+                sets[name] = [{item: (0.5, group) for item, (_, group) in items.items()}
+                              for items in sets[name]]
     return values(arms) | {"no context": no_context, "longer wins": values(models, figure_of("longer_wins"))}
 
 

@@ -125,7 +125,8 @@ class Scale:
         return {}
 
     def has_contexts(self, name):
-        """Whether the comparisons of a set have contexts. Those of ETHICS utilitarianism are two texts alone."""
+        """Whether the comparisons of a set have contexts. Those of ETHICS utilitarianism are two texts
+        alone."""
         data = self.data(name)
         path = data.out if isinstance(data, Run) else data
         first = itertools.islice(read_records(path), 100)
@@ -438,8 +439,8 @@ gathers all that it saves there, 12 bytes a parameter.
 """)
     for size in ("13m", "42m", "197m", "810m", "2.7b", "13b", "52b"):
         n_gpus, shard, recompute, state, activations = smallest_machine(size)
-        print(f"{size}: {parameters(size, 65536) / 1e9:.3f}B parameters with embeddings; on a GPU {state / 1e9:.1f} "
-              f"GB of weights, gradients and optimizer, {activations / 1e9:.1f} GB of activations")
+        print(f"{size}: {parameters(size, 65536) / 1e9:.3f}B parameters with embeddings; on a GPU "
+              f"{state / 1e9:.1f} GB of weights, gradients and optimizer, {activations / 1e9:.1f} GB of activations")
         flags = f" --shard {shard}" * (shard > 1) + " --recompute" * recompute
         for name, tokens, command in STAGES:
             hours = 6 * parameters(size, 65536) * tokens / (n_gpus * GPU_FLOPS * UTILISATION) / 3600
@@ -448,8 +449,8 @@ gathers all that it saves there, 12 bytes a parameter.
 
 
 def smallest_machine(size):
-    """(GPUs, --shard, --recompute, bytes of state and of activations on each) of the fewest groups of eight GPUs
-    that can train this size at a context of 8,192, with a tenth of their memory free."""
+    """(GPUs, --shard, --recompute, bytes of state and of activations on each) of the fewest groups of eight
+    GPUs that can train this size at a context of 8,192, with a tenth of their memory free."""
     gpu, ctx = torch.device("cuda"), 8192
     with torch.device("meta"):
         model = GPT(Config(*SIZES[size], 65536, ctx, value_head=True))

@@ -21,7 +21,8 @@ def add_flags(parser):
 def find_raw(names):
     """The files with the questions of the toy worlds that --raw names."""
     if not toy.is_toy(names):
-        raise InputError(f"--raw {names[0]}: toy-answers asks the questions of a toy world; give toy or toy:SEED")
+        raise InputError(f"--raw {names[0]}: toy-answers asks the questions of a toy world; give toy or "
+                         "toy:SEED")
     return toy.find_data(names, "samples.jsonl")
 
 

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from data.errors import InputError
 
 JAIL = Path(__file__).with_name("jail.py")
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"}
+# Without the first one the C library reserves 64 MB for each thread, and a few threads meet the limit on memory.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+               "PATH": "/usr/bin:/bin"}
 NEEDS = ("the sandbox for programs needs Linux that lets you make namespaces (sysctl "
          "user.max_user_namespaces; Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0; containers: "
          "--privileged)")
