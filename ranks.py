@@ -113,11 +113,12 @@ class Parallel:
 
     def __init__(self, model, loss, ranks, shard=1):
         self.model, self.compute = model, Loss(model, loss)
+        self.factor = 1.0
         if shard > 1:
             shard_model(model, ranks, shard)
         elif ranks.world > 1:
             self.compute = DistributedDataParallel(self.compute, gradient_as_bucket_view=True)
-            self.compute.register_comm_hook(None, sum_gradients)
+            self.factor = float(ranks.world)  # it takes the mean over the ranks, and our gradient is a sum
 
     def backward(self, batch, weight=1.0, is_last=True):
         """Compute the loss of a micro-batch and add `weight` times its gradient to that of the step. Gradients
@@ -128,6 +129,7 @@ class Parallel:
             context = self.compute.no_sync()
         with context:
             loss_sum, count, metrics = self.compute(batch)
+            weight = weight * self.factor
             (loss_sum if weight == 1 else weight * loss_sum).backward()
         return loss_sum.detach(), count, metrics
 
@@ -159,11 +161,6 @@ def draw_shards(model, seed, device):
 def part_of(tensor, p):
     """This rank's part of a whole tensor, where it has that part of the sharded parameter p."""
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def sum_gradients(state, bucket):
-    """DistributedDataParallel's way to join gradients: their sum, where its own is their mean."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def whole(state, keep):

@@ -191,6 +191,9 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     elif ranks.main():
         print(f"stopped after step {step} of {n_steps}; go on with --resume")
     if ranks.world > 1:
+        # DistributedDataParallel goes first. If it went last, it would end gloo's threads while it holds Python's
+        # lock, and wait for ever for one that needs the lock to let go of a tensor.
+        del together
         dist.destroy_process_group()
     return figures
 
