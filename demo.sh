@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv, installs, and tests the core claims of the paper on three toy worlds: after the install about
-# eight minutes on two cores, with the first verdict after three.
+# 9 to 13 minutes on two cores, depending on how fast they are, with the first verdict after 3 to 5.
 set -e
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
