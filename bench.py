@@ -4,6 +4,7 @@
   python bench.py pm --data hh-rlhf/harmless-base --tokenizer gpt2 --compile --out results/bench_pm.json
   pip install trl 'datasets<5' && python bench.py pm      times TRL's RewardTrainer as well
   python bench.py prompt --init out/lm                    with this checkpoint's sizes and tokenizer
+  python bench.py gpu --compile --tokenizer gpt2          sizes of the paper on one GPU, with MFU
 
 pm trains preference models on pairs: the best and the worst completion of each comparison. Three layouts give
 the same loss and gradient:
@@ -17,6 +18,11 @@ nanoGPT, with the same transformer: F.scaled_dot_product_attention, and the logi
 prompt does what evaluate.py, distill.py and chat.py do behind a long prompt. The naive ways read the prompt
 anew for each text, and are timed on a few texts only, as the names of their rows say.
 
+gpu trains language and preference models of several sizes, one after the other. MFU is the part of the measured
+peak of matrix products that the model's own arithmetic reaches: 6 FLOPs a weight and token, and 12 a head's
+width and key that attention has to look at. What --recompute computes twice, and the last block of preference
+models, which is computed at the completions' ends only, do not count.
+
 A training step is a whole one: laying out the batch, forward, backward, clipping, AdamW. The candidates take
 turns, round by round, on the same data. Speeds are medians of the rounds, with their range. So are ratios: "x
 naive" is how many times as fast as the naive way a candidate is in the same round. GiB is the peak of memory
@@ -24,6 +30,8 @@ above what was held before; for TRL it includes the weights. The last line has a
 """
 import argparse
 import ctypes
+import functools
+import gc
 import importlib.util
 import json
 import os
@@ -55,12 +63,14 @@ from evals import pm
 from evals.choices import HHH_ITEMS
 from formats.hf_folder import make_config
 from model import GPT, SIZES, Config, read
-from ranks import check_compiler, pick_dtype, start
+from ranks import check_compiler, device_memory, pick_dtype, start
 from sampling import generate
 from train_lm import window_loss
 from train_pm import comparison_loss, ranked_loss
 
-LM_SHAPES = ((512, 320), (1024, 320), (1024, 50304))  # (ctx, rows of the table): bytes, and GPT-2's 50,257
+GPT2_ROWS = 50304  # of a table for GPT-2's 50,257 tokens, with room to a multiple of 64
+LM_SHAPES = ((512, 320), (1024, 320), (1024, GPT2_ROWS))  # (ctx, rows of the table): bytes, and GPT-2
+GPU_SIZES = ("197m", "810m", "2.7b")
 ROOM = 2192  # tokens that there is room for behind the prompt
 MICRO_TOKENS = 8192  # tokens in a row of scoring or of the teacher
 
@@ -68,18 +78,20 @@ MICRO_TOKENS = 8192  # tokens in a row of scoring or of the teacher
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("part", nargs="?", choices=("all", "pm", "lm", "prompt"), default="all",
-        help="what to measure (default: %(default)s)")
+    add("part", nargs="?", choices=("all", "pm", "lm", "prompt", "gpu"), default="all",
+        help="what to measure; all is without gpu (default: %(default)s)")
     add("--data", nargs="+", default=["toy"], help="comparisons for pm: files, folders or toy (default: toy)")
     add("--init", help="checkpoint folder that gives the sizes and the tokenizer; lm has a single shape then")
     add("--size", choices=SIZES, default="3m", help="size without --init (default: %(default)s)")
+    add("--sizes", nargs="+", choices=SIZES, default=GPU_SIZES, metavar="SIZE",
+        help=f"sizes of part gpu (default: {' '.join(GPU_SIZES)})")
     add("--tokenizer", default="bytes",
         help="tokenizer without --init: bytes, gpt2 or a .tiktoken file (default: %(default)s)")
     add("--ctx", type=plan.positive(int), default=1024,
         help="tokens that a context and one completion of pm have room for (default: %(default)s)")
     add("--batch", type=plan.positive(int), default=32, help="pairs in a step of pm (default: %(default)s)")
     add("--lm_batch", type=plan.positive(int), default=8192,
-        help="tokens in a step of lm (default: %(default)s)")
+        help="tokens in a step of a language model (default: %(default)s)")
     add("--prompt_tokens", type=plan.positive(int), default=6000,
         help="our HHH prompt is repeated or cut to this length (default: %(default)s)")
     add("--rounds", type=plan.positive(int), default=8,
@@ -112,7 +124,8 @@ def main():
     print(*(f"{name} {value}" for name, value in (result["machine"] | result["model"]).items()), sep=", ")
     measures = {"pm": measure_pm, "lm": measure_lm, "prompt": measure_prompt}
     for part in measures if args.part == "all" else [args.part]:
-        result[part] = measures[part](args, ranks, config, tokenizer, dtype)
+        measure = measures.get(part, measure_gpu)
+        result[part] = measure(args, ranks, config, tokenizer, dtype)
     if args.out:
         write_file(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
@@ -170,13 +183,14 @@ def peak_memory(device, work, r):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
-def table(title, unit, figures, baselines, tokens=None):
+def table(title, unit, figures, baselines, more={}):
     """Print what `race` returned as a table, and return it as a dict for the JSON line.
 
-    baselines: {"x naive": names}; the column's ratios are to the fastest of these candidates. tokens: {name:
-    tokens computed for one unit}, for the candidates where that is known.
+    baselines: {"x naive": names}; the column's ratios are to the fastest of these candidates. more: {column:
+    (format, {name: number})}, for the candidates where the number is known, such as the tokens computed for one
+    unit.
     """
-    lines = [[title, f"{unit}/s", *baselines, *(["tokens"] if tokens else []), "GiB"]]
+    lines = [[title, f"{unit}/s", *baselines, *more, "GiB"]]
     rows = {}
     for name, (speeds, memory) in figures.items():
         row = {f"{unit}_per_second": np.median(speeds), "min": speeds.min(), "max": speeds.max()}
@@ -185,9 +199,9 @@ def table(title, unit, figures, baselines, tokens=None):
             ratios = speeds / max((figures[base][0] for base in names), key=np.median)
             row |= {f"ratio_{column}": np.median(ratios), f"range_{column}": [ratios.min(), ratios.max()]}
             cells.append(spread(ratios, 2))
-        if tokens:
-            row["tokens"] = tokens.get(name)
-            cells.append(f"{tokens[name]:,.0f}" if name in tokens else "-")
+        for column, (form, numbers) in more.items():
+            row[column] = numbers.get(name)
+            cells.append(form.format(numbers[name]) if name in numbers else "-")
         rows[name] = row | {"memory_gib": memory}
         lines.append([*cells, "-" if memory is None else f"{memory:.2f}"])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -203,7 +217,8 @@ def spread(values, digits):
 
 def make_model(config, dtype, device, kind=GPT, compiled=False):
     """A model of this config, the same every time, and compiled as the trainer does it if so desired."""
-    model = kind(config).init_weights(seed=0).to(device)
+    with torch.device(device):
+        model = kind(config).init_weights(seed=0)
     model.dtype = dtype
     if compiled:
         model.compile_blocks()
@@ -248,7 +263,7 @@ def measure_pm(args, ranks, config, tokenizer, dtype):
     tokens = np.mean([pairs.tokens(r) for r in range(1, args.rounds + 1)], 0)
     figures = race(candidates, args.rounds, ranks.device)
     return table(f"Preference model, {args.batch} pairs a step", "pairs", figures, baselines,
-                 tokens=dict(zip(layouts, tokens.tolist())))
+                 more={"tokens": ("{:,.0f}", dict(zip(layouts, tokens.tolist())))})
 
 
 class Pairs:
@@ -335,7 +350,8 @@ def trl_training(config, dtype, pairs, batch):
                 max_length=pairs.row_format.ctx, bf16=dtype == torch.bfloat16,
                 use_cpu=pairs.device.type == "cpu", gradient_checkpointing=False, logging_strategy="no",
                 train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True)
-            model = transformers.AutoModelForSequenceClassification.from_config(shape)
+            with pairs.device:
+                model = transformers.AutoModelForSequenceClassification.from_config(shape)
             dataset = datasets.Dataset.from_list(examples)
             reward_trainer = trl.RewardTrainer(
                 model, settings, train_dataset=dataset, processing_class=words, callbacks=[Clock()])
@@ -482,6 +498,98 @@ def measure_sampling(args, ranks, model, prompt):
     figures = race({alone: candidate(1), "n = 100": candidate(100)}, args.rounds, ranks.device)
     title = f"Sampling 100 x 64 tokens behind {len(prompt)}"
     return table(title, "samples", figures, {"x alone": [alone]})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sizes of the paper on one GPU
+
+
+def measure_gpu(args, ranks, config, tokenizer, dtype):
+    """Language and preference models, and TRL's where it is installed, of each size in --sizes."""
+    peak = matrix_peak(ranks.device, dtype)
+    print(f"large matrix products reach {peak / 1e12:.3g} TFLOP/s\n")
+    pairs = Pairs(args, load_comparisons(toy.find_data(args.data, "ranked.jsonl"), tokenizer), tokenizer,
+                  ranks.device)
+    result = {"peak_flops": peak}
+    for size in args.sizes:
+        vocab_size = max(GPT2_ROWS, tokenizer.vocab_size)
+        lm, pm = (Config(*SIZES[size], vocab_size, args.ctx, value_head=head) for head in (False, True))
+        result[size] = {"lm": measure_gpu_part(args, ranks, lm, dtype, f"Language model, {size}", "tokens",
+                                               peak, *lm_work(args, lm, ranks.device)),
+                        "pm": measure_gpu_part(args, ranks, pm, dtype, f"Preference model, {size}", "pairs",
+                                               peak, args.batch, *pair_work(args, pm, pairs),
+                                               trl=functools.partial(trl_training, pm, dtype, pairs))}
+    return result
+
+
+def measure_gpu_part(args, ranks, config, dtype, title, unit, peak, units, n_tokens, flops, loss, trl=None):
+    """Time steps of `units` tokens or pairs, n_tokens tokens in all, one candidate after the other, as each of
+    them may need the whole memory. loss(model, r) is round r's; flops is a step's arithmetic."""
+    figures = {}
+
+    def compete(name, make):
+        try:
+            figures.update(race({name: make()}, args.rounds, ranks.device))
+        except torch.OutOfMemoryError:
+            print(f"{title}, {name}: out of memory")
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def ours(compiled):
+        model = make_model(config, dtype, ranks.device, compiled=compiled)
+        activations = n_tokens * plan.token_bytes(config, ranks.device)
+        model.recompute = plan.state_bytes(model) + activations > 0.85 * device_memory(ranks.device)
+        return units, training(model, loss, ranks)
+
+    compete("eager", lambda: ours(compiled=False))
+    if args.compile:
+        compete("compiled", lambda: ours(compiled=True))
+    mfu = {name: np.median(speeds) / units * flops / peak for name, (speeds, _) in figures.items()}
+    baselines = {}
+    if trl and importlib.util.find_spec("trl"):
+        for n in (max(1, args.batch // 4), args.batch):
+            compete(f"TRL RewardTrainer, batch {n}", lambda: trl(n))
+        baselines = {"x TRL": [name for name in figures if name not in mfu]}
+    baselines = {column: names for column, names in baselines.items() if names}
+    return table(title, unit, figures, baselines, more={"MFU": ("{:.1%}", mfu)}) if figures else {}
+
+
+def lm_work(args, config, device):
+    """(tokens a step, the same, FLOPs a step, loss(model, r)) of windows of random tokens."""
+    shape = max(1, args.lm_batch // config.ctx), config.ctx + 1
+    windows = torch.from_numpy(np.random.default_rng(0).integers(config.vocab_size, size=shape)).to(device)
+    n_tokens = windows[:, 1:].numel()
+    flops = step_flops(config, config.n_layer, n_tokens, n_tokens * (config.ctx + 1) / 2)
+    flops += 6 * config.vocab_size * config.d_model * n_tokens
+    return n_tokens, n_tokens, flops, lambda model, r: (window_loss(model, windows), n_tokens)
+
+
+def pair_work(args, config, pairs):
+    """(tokens a step, FLOPs a step, loss(model, r)) of --batch pairs; the first two are means over rounds."""
+    layouts = [pairs.row(r, shared=True).layout for r in range(1, args.rounds + 1)]
+    n_tokens = np.mean([len(layout.positions) for layout in layouts])
+    n_seen = np.mean([(layout.positions + 1).sum().item() for layout in layouts])
+    return n_tokens, step_flops(config, config.n_layer - 1, n_tokens, n_seen), pairs.shared_loss
+
+
+def step_flops(config, n_layer, n_tokens, n_seen):
+    """FLOPs of a training step in n_layer blocks. n_seen: the keys that each token sees, added up over all
+    tokens."""
+    weights = 4 * config.n_head * config.d_head * config.d_model + 3 * config.d_model * config.d_ff
+    return n_layer * (6 * weights * n_tokens + 12 * config.n_head * config.d_head * n_seen)
+
+
+def matrix_peak(device, dtype, n=8192):
+    """FLOPs a second that this device reaches in matrix products."""
+    n = n if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        begun = clock(device)
+        a @ b
+        seconds.append(clock(device) - begun)
+    return 2 * n**3 / np.median(seconds[3:])
 
 
 if __name__ == "__main__":

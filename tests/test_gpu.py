@@ -5,11 +5,16 @@ import os
 
 import pytest
 import torch
-from conftest import GENTLE, losses, make_model, run_well
+import torch.distributed as dist
+from conftest import GENTLE, evaluate, losses, make_model, run_well
+from test_ranks import stop_after_three
+from torch.nn.parallel import DistributedDataParallel
 
 import trainer
 from data.packing import Layout
 from model import Cache, read
+from ranks import Loss, Ranks, shard_model
+from sampling import generate
 
 DEVICE = torch.device(os.environ.get("HHH_GPU_TESTS", "cuda"))
 TOLERANCE = {torch.bfloat16: 6e-2, torch.float32: 1e-4}  # of the largest number
@@ -115,3 +120,59 @@ def test_training_is_that_of_a_cpu(lm, comparisons_file, tmp_path, flags):
     run_well(*args, "--device", "cpu", "--out", tmp_path / "cpu")
     run_well(*args, "--device", DEVICE.type, *flags, "--out", tmp_path / "gpu")
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+def test_a_run_goes_on_where_it_was_stopped(lm, comparisons_file, tmp_path):
+    """The same up to the order in which flash attention's backward pass adds."""
+    args = ("train_pm.py", "--init", lm, "--data", comparisons_file, *GENTLE, "--device", DEVICE.type)
+    run_well(*args, "--out", tmp_path / "whole")
+    run_well(*args, "--out", tmp_path / "parts", before=stop_after_three)
+    run_well(*args, "--out", tmp_path / "parts", "--resume")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+def test_a_model_judges_as_on_a_cpu(pm, comparisons_file):
+    flags = ("--model", pm, "--data", comparisons_file, "--device")
+    expected, got = (evaluate("pm", *flags, name)[0] for name in ("cpu", DEVICE.type))
+    assert got["accuracy"] == expected["accuracy"]
+
+
+def test_the_likeliest_text_is_that_of_a_cpu():
+    definition, tested = model_pair(torch.float32)
+    prompts = [torch.arange(n) % 101 for n in (5, 40)]
+    expected, got = ([generate(model, [p], 2, max_new=12, temperature=0) for p in prompts]
+                     for model in (definition, tested))
+    assert str(got) == str(expected)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone: NCCL's on a GPU."""
+    backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield Ranks(0, 1, torch.device(DEVICE.type, 0) if DEVICE.type == "cuda" else DEVICE)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "FSDP"])
+def test_gradients_by_a_process_group_of_one_are_the_same(one_rank, kind):
+    if kind == "FSDP" and DEVICE.type == "cpu":
+        pytest.skip("gloo cannot reduce and scatter among one")
+    tokens, layout = row_of("odd lengths")
+    tokens = tokens.to(DEVICE)
+
+    def loss(model, batch):
+        return model.rewards(model(batch, layout, only_ends=True)).sum(), 1, {}
+    alone = model_pair(torch.bfloat16)[1]
+    loss(alone, tokens)[0].backward()
+    together = model_pair(torch.bfloat16)[1]
+    compute = Loss(together, loss)
+    if kind == "FSDP":
+        shard_model(together, one_rank, shard=1)
+    else:
+        compute = DistributedDataParallel(compute)
+    compute(tokens)[0].backward()
+    del compute  # before its process group
+    for p, expected in zip(together.parameters(), alone.parameters(), strict=True):
+        got = p.grad.full_tensor() if kind == "FSDP" else p.grad
+        assert_close(got, expected.grad.cpu(), torch.float32)
