@@ -44,7 +44,7 @@ def attention(q, k, v, layout=None, only_ends=False, prefix=()):
         if prefix or q.shape[1] < k.shape[1]:
             return continued_attention(q, k, v, prefix)
         return causal_attention(q, k, v)
-    if has_varlen(q, k):
+    if has_varlen(q):
         return varlen_attention(q, k, v, layout, only_ends, prefix)
     tiles = layout.table(("tiles", only_ends, q.dtype, q.device), lambda: layout_tiles(layout, only_ends, q))
     if prefix:
@@ -53,11 +53,9 @@ def attention(q, k, v, layout=None, only_ends=False, prefix=()):
     return by_token(out)
 
 
-def has_varlen(q, k):
+def has_varlen(q):
     """True if torch's variable-length attention can compute this."""
-    if varlen_attn is None or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return q.shape[-2] == k.shape[-2] or "enable_gqa" in VARLEN_FLAGS
+    return varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def by_key_head(q, k):
@@ -265,7 +263,7 @@ def varlen_attention(q, k, v, layout, only_ends, prefix):
     k_own, v_own = k.index_select(0, places), v.index_select(0, places)
     # With more keys than queries, "causal" lets the last query see all keys, the one before it all but one,
     # and so on. So a completion's tokens see the whole context.
-    shared = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
+    shared = {"enable_gqa": q.shape[1] > k.shape[1]} if "enable_gqa" in VARLEN_FLAGS else {}
     if not prefix:
         return varlen_attn(q, k_own, v_own, *lengths, **CAUSAL, **shared)
     with_lse = {"return_aux": AuxRequest(lse=True), **shared}
@@ -291,18 +289,18 @@ def merge(out, lse, other_out, other_lse):
 def varlen_table(layout, only_ends, device):
     """(place of each key in the row, where sequences of queries end, where their keys end, the longest
     sequence of queries, the longest of keys), as varlen_attn wants them."""
-    places, key_ends = [], [0]
-    segments = layout.completions if only_ends else range(len(layout.parents))
-    for segment in segments:
+    places, query_ends, key_ends = [], [0], [0]
+    for segment in layout.completions if only_ends else range(len(layout.parents)):
+        if not (only_ends or layout.lengths[segment]):
+            continue  # with fewer key heads, older kernels refuse sequences without a query
         context = layout.parents[segment]
         keys = torch.arange(layout.starts[segment], layout.starts[segment + 1])
         if context != segment:
             keys = torch.cat([torch.arange(layout.starts[context], layout.starts[context + 1]), keys])
         places.append(keys)
+        query_ends.append(query_ends[-1] + (1 if only_ends else layout.lengths[segment]))
         key_ends.append(key_ends[-1] + len(keys))
-    query_ends = list(range(len(segments) + 1)) if only_ends else layout.starts
-    longest_query = 1 if only_ends else max(layout.lengths)
-    longest_keys = max(b - a for a, b in zip(key_ends, key_ends[1:]))
+    longest_query, longest_keys = (max(b - a for a, b in zip(ends, ends[1:])) for ends in (query_ends, key_ends))
     tensors = [torch.cat(places), *(torch.tensor(x, dtype=torch.int32) for x in (query_ends, key_ends))]
     if device.type == "cuda":
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]

@@ -10,6 +10,7 @@ import torch
 
 import bench
 from conftest import run, run_well, write_jsonl
+from torch.utils.flop_counter import FlopCounterMode
 from data.comparisons import load_comparisons
 from data.tokenizer import get_tokenizer
 from model import GPT, Config
@@ -97,7 +98,7 @@ def test_each_layout_computes_what_its_name_says(measured, data):
 def test_ratios_are_taken_within_a_round(capsys):
     """The machine is slow in the second round, which must not show in the ratio."""
     figures = {"slow": (np.array([10.0, 1.0, 12.0]), 2.0), "fast": (np.array([20.0, 3.0, 24.0]), None)}
-    rows = bench.table("Title", "pairs", figures, {"x slow": ["slow"]}, tokens={"fast": 7})
+    rows = bench.table("Title", "pairs", figures, {"x slow": ["slow"]}, more={"tokens": ("{:,.0f}", {"fast": 7})})
     fast = rows["fast"]
     assert (fast["pairs_per_second"], fast["min"], fast["max"]) == (20, 3, 24)
     assert fast["ratio_x slow"] == 2 and fast["range_x slow"] == [2, 3]
@@ -154,3 +155,21 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, flags, words):
     equal = write_jsonl(tmp_path / "equal.jsonl", [record])
     done = run("bench.py", flags[0], *TINY, "--data", equal, *flags[1:])
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_sizes_of_the_paper_are_measured_with_their_part_of_the_peak(data):
+    printed = run_well("bench.py", "gpu", "--sizes", "test", "--device", "cpu", *TINY, "--data", data)
+    result = json.loads(printed.splitlines()[-1])["gpu"]
+    for part, unit in (("lm", "tokens"), ("pm", "pairs")):
+        row = result["test"][part]["eager"]
+        assert 0 < row["MFU"] < 1 and row[f"{unit}_per_second"] > 0
+
+
+def test_a_step_takes_two_flops_for_each_product_of_two_numbers_and_as_many_again_twice_backward():
+    config = Config(1, 8, 2, vocab_size=11, ctx=4, d_ff=16)
+    model, tokens = GPT(config).init_weights(0), torch.arange(4)[None]
+    model.plain = True
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    # The definition of attention computes all 4 x 4 scores. The first block's input needs a gradient as well.
+    assert bench.step_flops(config, 1, n_tokens=4, n_seen=16) == counter.get_total_flops()

@@ -27,7 +27,7 @@ def only_where_asked(request):
 
 
 ROWS = {  # for each comparison the tokens of its context and of its completions
-    "one": [(40, [17])], "odd lengths": [(33, [1, 7]), (1, [65, 2, 19]), (130, [5, 255])],
+    "one": [(40, [17])], "no context": [(0, [1, 1]), (0, [9, 30])], "odd lengths": [(33, [1, 7]), (1, [65, 2, 19]), (130, [5, 255])],
     "64 completions": [(50, [3 + i % 5 for i in range(64)])], "a long context": [(1500, [100, 300])]}
 
 
@@ -175,4 +175,4 @@ def test_gradients_by_a_process_group_of_one_are_the_same(one_rank, kind):
     del compute  # before its process group
     for p, expected in zip(together.parameters(), alone.parameters(), strict=True):
         got = p.grad.full_tensor() if kind == "FSDP" else p.grad
-        assert_close(got, expected.grad.cpu(), torch.float32)
+        assert_close(got, expected.grad.cpu(), torch.bfloat16)  # flash attention adds in any order

@@ -1,6 +1,7 @@
 """The model's ways of computing one thing are equal: causal, packed and cached, by attention's definition and
 by each faster way; in fp64 to 1e-12, and so are the gradients."""
 import importlib
+import inspect
 import sys
 
 import numpy as np
@@ -202,7 +203,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), ret
     out, lse = [], []
     for q_start, q_end, k_start, k_end in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
         n_queries, n_keys = q_end - q_start, k_end - k_start
-        assert n_queries <= max_q and n_keys <= max_k
+        assert 0 < n_queries <= max_q and n_keys <= max_k
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool)
         if window_size == (-1, 0):  # causal, where the last query sees all keys
             mask = mask.tril(n_keys - n_queries)
@@ -219,7 +220,9 @@ def cuda_way(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
     monkeypatch.setattr(attention, "CAUSAL", {"window_size": (-1, 0)}, raising=False)
     monkeypatch.setattr(attention, "AuxRequest", dict, raising=False)
-    monkeypatch.setattr(attention, "has_varlen", lambda q, k: True)
+    flags = inspect.signature(plain_varlen).parameters
+    monkeypatch.setattr(attention, "VARLEN_FLAGS", flags, raising=False)
+    monkeypatch.setattr(attention, "has_varlen", lambda q: True)
 
 
 @all_or_only_ends
