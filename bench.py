@@ -62,7 +62,8 @@ from data.tokenizer import get_tokenizer
 from evals import pm
 from evals.choices import HHH_ITEMS
 from formats.hf_folder import make_config
-from model import GPT, SIZES, Config, read
+from kv_cache import read
+from model import GPT, SIZES, Config
 from ranks import check_compiler, device_memory, pick_dtype, start
 from sampling import generate
 from train_lm import window_loss

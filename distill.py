@@ -34,7 +34,7 @@ from data.files import build_once, content_key
 from data.packing import Layout, TensorBatch, balance, pack, step_examples
 from data.text import lm_windows, load_text
 from evals.subject import read_prompt
-from losses import linear_loss
+from losses import at_least_fp32, linear_loss
 from ranks import pick_dtype, start
 
 TOP = 50  # the teacher's likeliest tokens; all others together are the 51st class
@@ -369,10 +369,6 @@ def full_kl_of(logits, teacher_logits):
     log_q, log_p = at_least_fp32(logits).log_softmax(-1), at_least_fp32(teacher_logits).log_softmax(-1)
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(1), log_q.exp() - p
-
-
-def at_least_fp32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 if __name__ == "__main__":

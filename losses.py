@@ -16,9 +16,8 @@ def cross_entropy(hidden, unembedding, targets, weight=None):
     """
     def row_loss(logits, rows, need_gradient):
         target = targets[rows, None]
-        precise = torch.promote_types(logits.dtype, torch.float32)
         parts = logits.split(rows_in_cache(logits.device, logits.shape[1]))
-        log_sum = torch.cat([part.to(precise).logsumexp(-1, keepdim=True) for part in parts])
+        log_sum = torch.cat([at_least_fp32(part).logsumexp(-1, keepdim=True) for part in parts])
         loss = log_sum - logits.gather(1, target)
         if not need_gradient:
             return loss.squeeze(1), None
@@ -81,3 +80,8 @@ class _LinearLoss(torch.autograd.Function):
 def rows_in_cache(device, vocab_size):
     """How many rows of logits to hold at a time: as many as stay in a CPU's cache, or 256 MiB on a GPU."""
     return max(1, (2**22 if device.type == "cpu" else 2**27) // vocab_size)
+
+
+def at_least_fp32(x):
+    """x in fp32, or as it is if it is fp64, as in tests of exactness."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

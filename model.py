@@ -10,7 +10,7 @@ what others have published in this layout: Llama 1 to 3, Mistral, Qwen 2 and 3, 
 
   causal   tokens (B, T)          language modelling: each row is one sequence
   packed   tokens (T,), layout    comparisons end to end in one row: [context][completion 1][completion 2]…
-  cached   tokens (n, t), cache   n sequences go on by t tokens each, behind a prefix that is stored once
+  cached   tokens (n, t), cache   n sequences go on by t tokens each, behind what a cache (kv_cache.py) read
 
 `attention` below defines what all three compute. attention.py computes the same faster. losses.py turns
 hidden states into losses of the next tokens without ever holding all of their logits.
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import losses
+from formats.rope_scaling import scaled_frequencies
 
 try:
     import attention as fast_attention
@@ -53,12 +54,12 @@ class Config:
     norm_eps: float = 1e-5
 
     # What published models of the Llama family have besides. None stands for what __post_init__ says.
-    n_key_head: int | None = None  # heads of keys and values, each for n_head / n_key_head heads of queries
+    n_key_head: int | None = None  # heads of keys and values; n_head / n_key_head heads of queries share each
     d_head: int | None = None  # width of a head
     d_ff: int | None = None  # width of the MLP
-    rope_scaling: dict | None = None  # slower rotation for longer contexts, see scaled_frequencies
+    rope_scaling: dict | None = None  # slower rotation for longer contexts (formats/rope_scaling.py)
     family: str = "llama"  # or mistral; qwen2, with biases on q, k and v; qwen3, with norms on q and k
-    window: int | None = None  # tokens that a token looks back in some layers; a ctx up to it is exact
+    window: int | None = None  # how far some of Mistral's layers look back; ctx may not exceed it
 
     def __post_init__(self):
         self.n_key_head = self.n_key_head or self.n_head
@@ -74,8 +75,9 @@ class Config:
 def attention(q, k, v, visible):
     """The definition: softmax(q k^T / sqrt(D)) v over the keys that each query sees.
 
-    q (…, Tq, H, D), k and v (…, Tk, G, D), visible (Tq, Tk) bool. G, the number of key heads, divides H: each
-    is there for H / G heads of queries that follow each other. Returns the shape of q.
+    q (…, Tq, H, D): H heads of width D for each of Tq queries. k and v (…, Tk, G, D), where G divides H: the
+    first H / G heads of q share the first head of k and v, and so on. visible (Tq, Tk) bool. Returns the
+    shape of q.
     """
     k, v = (x.repeat_interleave(q.shape[-2] // k.shape[-2], -2) for x in (k, v))  # (…, Tk, H, D)
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (…, H, T, D)
@@ -87,12 +89,12 @@ def attention(q, k, v, visible):
 def plain_attention(q, k, v, layout, only_ends, prefix):
     """`attention` of a layer's q, k, v, with all that a query may see written out as keys and one mask.
 
-    Without a layout the queries are the last tokens of each sequence. prefix: pairs of keys and values
-    (P, G, D), in reading order, which every query sees besides its own sequence.
+    With a layout: of a packed row. Without: of sequences whose last tokens are the queries. prefix: pairs of
+    keys and values (P, G, D), in reading order, which every query sees besides its own sequence.
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
-    else:  # the queries are the last tokens of their sequence
+    else:
         n_queries, n_keys = q.shape[-3], k.shape[-3]
         visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
     for prefix_k, prefix_v in reversed(prefix):
@@ -100,51 +102,6 @@ def plain_attention(q, k, v, layout, only_ends, prefix):
         v = torch.cat([prefix_v.expand(*v.shape[:-3], -1, -1, -1), v], -3)
         visible = F.pad(visible, (len(prefix_k), 0), value=True)
     return attention(q, k, v, visible)
-
-
-class Cache:
-    """Keys and values of what was read: shared prefixes, each stored once, and n sequences that go on behind
-    them.
-
-    A new cache is n empty sequences with room for `room` tokens each. Every forward pass with it appends
-    tokens. `fork` gives a cache of new sequences behind what this one has read, without a copy of it, so a
-    prompt is computed once a run. `as_prefix` gives one for packed rows, to which nothing is appended.
-    """
-
-    def __init__(self, room, n=1, prefix=()):
-        self.n, self.room = n, room
-        self.length = 0  # tokens that were appended
-        self.stored = []  # for each layer (2, n, G, room, D), keys and values of G key heads
-        self.prefix = list(prefix)  # in reading order; each has for each layer (keys, values), (P, G, D)
-        self.prefix_tokens = sum(len(part[0][0]) for part in self.prefix)
-
-    def fork(self, n, room):
-        """n empty sequences, with room for `room` tokens each, behind what this cache's one sequence has
-        read.
-        """
-        if self.n != 1:
-            raise ValueError(f"only one sequence can become a shared prefix, and this cache has {self.n}")
-        read = [[x[0, :, :self.length].transpose(0, 1) for x in layer] for layer in self.stored]
-        return Cache(room, n, [*self.prefix, read] if self.length else self.prefix)
-
-    def as_prefix(self):
-        """What was read, as a prefix to read packed rows behind."""
-        return self.fork(1, 0)
-
-    def select(self, rows):
-        """Keep the sequences of these numbers (a tensor), in this order. A number may occur several times."""
-        self.stored, self.n = [x.index_select(1, rows) for x in self.stored], len(rows)
-
-    def append(self, layer, k, v):
-        """Store the keys and values (n, t, G, D) of new tokens. Returns those of all tokens so far, views
-        (n, T, G, D)."""
-        n, t, n_key_head, d_head = k.shape
-        if layer == len(self.stored):
-            self.stored.append(k.new_empty(2, n, n_key_head, self.room, d_head))
-        end = self.length + t
-        for stored, new in zip(self.stored[layer], (k, v)):
-            stored[:, :, self.length:end] = new.transpose(1, 2)
-        return [stored[:, :, :end].transpose(1, 2) for stored in self.stored[layer]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,28 +141,13 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: turn each pair of numbers (x_i, x_{i + D/2}) by the angle of its position.
+    """Rotary position embedding: turn each pair of numbers (a, b) = (x_i, x_{i + D/2}) to
+    (a cos - b sin, b cos + a sin), by an angle that is the token's position times the pair's frequency.
 
-    x (…, T, H, D); cos and sin (T, 1, D) from GPT.rotation, which gives the first half of `sin` a minus sign.
+    x (…, T, H, D); cos and sin (T, 1, D) from GPT.rotation, where the first half of `sin` has the minus sign.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def scaled_frequencies(frequencies, scaling):
-    """Rotary frequencies (D / 2,), in radians a position, slowed down for contexts that are `factor` times
-    longer than those of the first training. scaling: `rope_scaling` of a config.json, or None.
-
-    "linear" slows down all of them. "llama3" keeps those that make more than high_freq_factor turns in a
-    context of the first training, slows down those that make fewer than low_freq_factor, and blends between.
-    """
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    unchanged = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (unchanged + (1 - unchanged) / scaling["factor"])
+    swapped = x.roll(x.shape[-1] // 2, -1)  # b at the place of a, and a at that of b
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class MLP(nn.Module):
@@ -220,7 +162,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The residual stream x stays in fp32; matrices are applied in the precision of `cos`."""
+    """One layer. The residual stream x stays in fp32. Matrices and attention are computed in GPT.dtype, in
+    which cos and sin come."""
 
     def __init__(self, config):
         super().__init__()
@@ -249,9 +192,9 @@ class Block(nn.Module):
         q = rotate(attn.heads(h, attn.q_proj, attn.q_norm), cos, sin)
         return q, k, v
 
-    def after_attention(self, x, gathered):
-        x = x + self.self_attn.o_proj(gathered.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x).to(gathered.dtype))
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
+        return x + self.mlp(self.post_attention_layernorm(x).to(attended.dtype))
 
 
 class GPT(nn.Module):
@@ -320,7 +263,7 @@ class GPT(nn.Module):
         positions = layout.positions if layout is not None else torch.arange(tokens.shape[-1])
         if cache is not None:
             positions = positions + cache.prefix_tokens + cache.length
-        x = self.model.embed_tokens(tokens).to(torch.promote_types(self.dtype, torch.float32))
+        x = losses.at_least_fp32(self.model.embed_tokens(tokens))
         cos, sin = self.rotation(positions.to(tokens.device, non_blocking=True))
         ends = layout.ends.to(tokens.device, non_blocking=True) if only_ends else None
         for i, block in enumerate(self.model.layers):
@@ -332,12 +275,12 @@ class GPT(nn.Module):
             else:
                 x = block(*arguments)
         if cache is not None and layout is None:
-            cache.length += tokens.shape[1]
+            cache.length += tokens.shape[1]  # now that every layer has appended its keys and values
         return self.model.norm(x)
 
     def attend(self, layer, layout, cache, only_ends, q, k, v):
         """Attention of a layer's q (B, T, H, D), k and v (B, T, G, D); without B for a packed row."""
-        prefix = [part[layer] for part in cache.prefix] if cache is not None else []
+        prefix = [of_layers[layer] for of_layers in cache.prefixes] if cache is not None else []
         if cache is not None and layout is None:
             k, v = cache.append(layer, k, v)
         compute = plain_attention if self.plain else fast_attention.attention
@@ -346,7 +289,7 @@ class GPT(nn.Module):
     def rotation(self, positions):
         """cos and sin (T, 1, D) of the rotary angles at these positions, for `rotate`."""
         half = self.config.d_head // 2
-        precise = torch.promote_types(self.dtype, torch.float32)
+        precise = torch.promote_types(self.dtype, torch.float32)  # fp32; in tests with dtype fp64 that
         exponents = -torch.arange(half, device=positions.device, dtype=precise) / half
         frequencies = scaled_frequencies(self.config.rope_theta ** exponents, self.config.rope_scaling)
         angles = positions.to(precise)[:, None, None] * frequencies  # (T, 1, D / 2)
@@ -368,8 +311,8 @@ class GPT(nn.Module):
 
     def n_params(self):
         """(parameters without the embedding tables and the value head, all parameters)."""
-        blocks = sum(p.numel() for p in self.model.layers.parameters()) + self.config.d_model
-        return blocks, sum(p.numel() for p in self.parameters())
+        layers_and_norm = [*self.model.layers.parameters(), *self.model.norm.parameters()]
+        return sum(p.numel() for p in layers_and_norm), sum(p.numel() for p in self.parameters())
 
     def freeze(self, dtype):
         """Make this a model for reading only: its matrices are held in `dtype`, so no use of them casts them
@@ -386,14 +329,3 @@ class GPT(nn.Module):
         for block in self.model.layers:
             block.before_attention = torch.compile(block.before_attention, dynamic=True)
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
-
-
-@torch.no_grad()
-def read(model, tokens, prefix=None):
-    """Read token ids (P,) into a new cache, behind `prefix` (another cache) if one is given.
-
-    Returns (the cache, the hidden state (1, d_model) at the last token).
-    """
-    tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.unembedding.device)
-    cache = Cache(len(tokens)) if prefix is None else prefix.fork(1, len(tokens))
-    return cache, model(tokens[None], cache=cache)[:, -1]

@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-from model import Cache
+from kv_cache import Cache
 
 
 class TokenSample:

@@ -14,7 +14,8 @@ from data.packing import RowFormat
 from data.prompts import NAMES, STOPS, fit_prompt, load_prompt
 from data.tokenizer import Tokenizer
 from evals import pm
-from model import Cache, GPT, read
+from kv_cache import Cache, read
+from model import GPT
 from ranks import pick_dtype, start
 from sampling import TextSample, stream
 

@@ -11,7 +11,7 @@ import torch
 from data.errors import InputError
 from data.tokenizer_json import byte_level_json, merges_by_score, sentencepiece_json
 from formats.hf_folder import check_finite
-from model import scaled_frequencies
+from formats.rope_scaling import scaled_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral model calls itself llama here
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

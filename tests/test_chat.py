@@ -22,7 +22,7 @@ import checkpoint
 import sampling
 from data.prompts import STOPS
 from evals.subject import Subject, samples
-from model import Cache, read
+from kv_cache import Cache, read
 from sampling import TextSample, stream
 
 PROMPT = "Short answers.\n\n-----\n\nHuman: Hi\n\nAssistant: Hello.\n\n-----"

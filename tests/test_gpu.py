@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainer
 from data.packing import Layout
-from model import Cache, read
+from kv_cache import Cache, read
 from ranks import Loss, Ranks, shard_model
 from sampling import generate
 

@@ -12,7 +12,8 @@ from conftest import make_model
 
 import attention
 from data.packing import Layout
-from model import GPT, SIZES, Cache, Config, read
+from kv_cache import Cache, read
+from model import GPT, SIZES, Config
 
 # ------------------------------------------------------------------------------------------------------------
 # Checks
@@ -163,8 +164,8 @@ def test_packed_behind_a_prompt_equals_whole_sequences(row, only_ends, plain, sh
         separate = [naive(model, torch.cat([prompt, ids]))[-1] for ids in sequences_of(ROWS[row])]
     for got, expected in zip(at_ends, separate, strict=True):
         assert_same(got, expected)
-    assert [len(part[0][0]) for part in prefix.prefix] == [90, 60]
-    assert prefix.prefix[0][0][0].data_ptr() == first.stored[0].data_ptr()  # shared, not copied
+    assert [len(part[0][0]) for part in prefix.prefixes] == [90, 60]
+    assert prefix.prefixes[0][0][0].data_ptr() == first.stored[0].data_ptr()  # shared, not copied
 
 
 def test_a_packed_row_behind_an_unforked_cache_is_refused():
@@ -274,7 +275,7 @@ def test_shared_prefix_equals_whole_sequences(plain, shape):
         of_two = model(own[kept, 6:], cache=cache)
     assert_same(torch.cat([torch.cat(of_three, 1)[kept], of_two], 1), whole[kept])
     n_key_head, d_head = model.config.n_key_head, model.config.d_head
-    assert all(k.shape == (40, n_key_head, d_head) for k, v in cache.prefix[0])  # one copy, whatever n
+    assert all(k.shape == (40, n_key_head, d_head) for k, v in cache.prefixes[0])  # one copy, whatever n
 
 
 def test_prefix_can_be_extended_and_forked_again(plain):

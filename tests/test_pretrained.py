@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.packing import Layout
 from data.tokenizer_json import CHAR_OF, byte_level_json
 from formats import gguf_file
-from model import Cache, read
+from kv_cache import Cache, read
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

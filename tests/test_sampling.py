@@ -9,7 +9,8 @@ from conftest import BYTES, Operators, load, make_comparisons, make_model
 
 from data.packing import RowFormat
 from evals import pm
-from model import GPT, Config, read
+from kv_cache import read
+from model import GPT, Config
 from sampling import TextSample, TokenSample, generate, next_tokens, stream
 
 PROMPTS = [list(range(7)), [9, 8], list(range(30, 53)), [9, 8], [5] * 12]
