@@ -124,7 +124,7 @@ def main():
         model.lm_head.requires_grad_(False)  # nothing trains it
 
     data = load_comparisons(files, tokenizer, quiet=not ranks.main())
-    control = tuple(map(tokenizer.encode, CONTROL)) if args.binarise else ()
+    control = tuple(map(tokenizer.encode, CONTROL)) if args.binarise else ((),)
     row_format = RowFormat(model.config.ctx, tokenizer, eoc=not args.no_eoc, control=control)
     train, held_out, notes = split(args, data, row_format.comparison_room)
     if args.sizes or args.weights:

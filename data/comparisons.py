@@ -150,12 +150,13 @@ class Comparisons:
         return self._over_completions(np.maximum, np.diff(self.offsets))
 
     def fits(self, ctx):
-        """(C,) True where the longest completion, its <eoc> and one token of context fit in ctx tokens."""
+        """(C,) True where the longest completion, <eoc> and one token of context fit in ctx tokens. A place
+        is kept for <eoc> even if none will be written, so that the same comparisons fit."""
         return self.longest() + 2 <= ctx
 
     def is_cut(self, ctx):
-        """(C,) True where the context has to be cut on the left, so that it, the longest completion and <eoc>
-        fit in ctx tokens."""
+        """(C,) True where the context has to be cut on the left, so that it, the longest completion and the
+        place for <eoc> fit in ctx tokens."""
         context_tokens = np.diff(self.offsets)[self.first[:-1]]
         return context_tokens + self.longest() + 1 > ctx
 
@@ -209,7 +210,8 @@ def _build(folder, files, tokenizer):
     """Write the arrays of a data set into `folder`, each into a file of its own."""
     counts, offset, segment = Counter(), 0, 0
     with contextlib.ExitStack() as stack:
-        out = {key: stack.enter_context(open(folder / key, "wb")) for key in ("tokens", "keys", *DTYPES)}
+        # "hashes", of whole comparisons, only serves to count the duplicates, and is removed then.
+        out = {key: stack.enter_context(open(folder / key, "wb")) for key in ("tokens", "hashes", *DTYPES)}
 
         def write(key, values):
             out[key].write(np.asarray(values, DTYPES.get(key, np.uint64)).tobytes())
@@ -224,7 +226,7 @@ def _build(folder, files, tokenizer):
             for file_number, line, context, completions, scores, group in batch:
                 segment += 1 + len(completions)
                 write("first", [segment])
-                write("keys", [hash64(repr((context, completions, scores)))])
+                write("hashes", [hash64(repr((context, completions, scores)))])
                 write("groups", [hash64(group)])
                 write("lines", [file_number, line])
                 write("chars", [len(context), *map(len, completions)])
@@ -234,15 +236,19 @@ def _build(folder, files, tokenizer):
                 offset += len(ids)
                 write("offsets", [offset])
     counts["groups"] = len(np.unique(np.fromfile(folder / "groups", np.uint64)))
-    counts["duplicate"] = counts["comparisons"] - len(np.unique(np.fromfile(folder / "keys", np.uint64)))
-    os.remove(folder / "keys")
+    counts["duplicate"] = counts["comparisons"] - len(np.unique(np.fromfile(folder / "hashes", np.uint64)))
+    os.remove(folder / "hashes")
     np.array([counts[k] for k in COUNTS], np.int64).tofile(folder / "counts")
 
 
 def _texts(batch, tokenizer):
-    """Yield the texts of comparisons, each context before its completions, as they are encoded."""
+    """Yield the texts of comparisons, each context before its completions, as they are encoded.
+
+    A chat template writes its own marks in place of the space between "Assistant:" and an answer, so that
+    space is left out.
+    """
     for _, _, context, completions, *_ in batch:
-        space = tokenizer.space_before(context)
+        space = tokenizer.space_before(context)  # nothing if there is no chat template
         yield context
         yield from (completion.removeprefix(space) for completion in completions)
 

@@ -23,7 +23,7 @@ from data.comparisons import pairs
 # Which examples
 
 
-@functools.lru_cache(maxsize=2)  # so that it is made once an epoch, and not once a step
+@functools.lru_cache(maxsize=2)  # made once an epoch, not at every step
 def epoch_order(n, seed, epoch):
     """A permutation of n examples, which depends on (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -96,7 +96,9 @@ class Layout:
         self.completions = [i for i, parent in enumerate(self.parents) if parent != i]  # segment numbers
         self.ends = torch.tensor([self.starts[i + 1] - 1 for i in self.completions])  # (K,) their last places
         first_position = [0 if parent == i else self.lengths[parent] for i, parent in enumerate(self.parents)]
-        shift = np.array(first_position) - self.starts[:-1]  # from a token's place in the row to its position
+        # A token's place counts from the row's start. Its position, which the model goes by, counts from its
+        # context's start: it is the place plus a shift that all tokens of a segment share.
+        shift = np.array(first_position) - self.starts[:-1]
         self.positions = torch.arange(self.starts[-1]) + self._each_token(shift)  # (T,)
         self.segment = self._each_token(np.arange(len(self.lengths)))  # (T,) which segment a token is in
         self.context = self._each_token(self.parents)  # (T,) which segment is its context
@@ -136,48 +138,45 @@ class RowFormat:
     ctx: tokens that a context and one completion have room for.
     tokenizer: its special tokens `eot` and `eoc` are used.
     eoc: end each completion with <eoc>, where its reward is read. Otherwise it is read at the last token.
-    control: token ids of control texts. Every completion is then laid out once behind each of them.
+    control: token ids of control texts. Every completion is laid out once behind each of them: for binarised
+        training behind GOOD and behind BAD, by default once, behind an empty one.
     """
     ctx: int
     tokenizer: object
     eoc: bool = True
-    control: tuple = ()
-
-    @property
-    def copies(self):
-        """What stands before each copy of a completion: the control texts, or for a single copy nothing."""
-        return self.control or ((),)
-
-    def context_room(self, lengths):
-        """How many tokens of context fit, given the lengths [context, completion, …] of a comparison.
-
-        The longest completion counts even when a step does not lay it out. So the context is cut at the same
-        place whichever completions a step takes, and as in evaluation.
-        """
-        return self.comparison_room - max(lengths[1:]) - 1
+    control: tuple = ((),)
 
     @property
     def comparison_room(self):
         """Tokens of ctx that the longest control text leaves."""
-        return self.ctx - max(map(len, self.control), default=0)
+        return self.ctx - max(map(len, self.control))
+
+    def context_room(self, longest):
+        """How many tokens of context fit, if a comparison's longest completion has `longest` tokens.
+
+        The longest one counts even when a step does not lay it out, and a place for <eoc> even when none is
+        written. So a context is always cut at the same place, in training and in evaluation.
+        """
+        return self.comparison_room - longest - 1
 
     def end_of(self, length):
-        """The tokens to set behind a completion of this length. An empty one always needs one, to read its
-        reward at."""
+        """The tokens to set behind a completion of this length. An empty completion always gets <eoc>, as its
+        reward needs a token to be read at."""
         return [self.tokenizer.eoc] if self.eoc or length == 0 else []
 
 
 class TensorBatch:
-    """A batch whose tensors move together: `to` and `pin_memory` do what they do for one tensor."""
+    """A batch that moves between devices as one tensor does: `to` and `pin_memory` return a copy of it in
+    which every attribute that is a tensor was moved."""
 
     def to(self, device, non_blocking=False):
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self):
-        """A copy in memory that a GPU can read while the program goes on."""
-        return self._each(torch.Tensor.pin_memory)
+        """In memory that a GPU can read while the program goes on."""
+        return self._map_tensors(torch.Tensor.pin_memory)
 
-    def _each(self, function):
+    def _map_tensors(self, function):
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
@@ -198,7 +197,7 @@ class Row(TensorBatch):
 
     owner: torch.Tensor  # (K,) the comparison of the row that each completion belongs to, 0 to C - 1
     scores: torch.Tensor  # (K,) its score in the data, fp32
-    best: np.ndarray  # (K,) True for the first completion of the highest score in each comparison
+    best: np.ndarray  # (K,) True for a comparison's first completion of the highest score, in its first copy
     starts: torch.Tensor  # (K,) place of its first token
     ends: torch.Tensor  # (K,) place of its last token, usually <eoc>: the reward is read here
 
@@ -214,19 +213,26 @@ class Row(TensorBatch):
     def predicting(self, which):
         """The same row with `source`, `target` and `predicted`, for a language-model loss.
 
-        which: "best" predicts the best completion of each comparison and its <eoc>; "all" predicts all
-        completions, without <eoc>, which a plain language model has never seen.
+        which: "best" predicts the best completion of each comparison, to its last token, which is <eoc> if
+        the row has it. A control text belongs to its completion, so it is predicted, too. "all" is for a row
+        with <eoc>: it predicts all completions without it, as a plain language model has never seen it.
+
+        A completion's first token is predicted at its context's end, which may lie before its siblings:
+
+            place              0   1    2   3   4       5   6
+            row               [H   i]  [a   b   <eoc>] [c   <eoc>]
+            target, for "all"           2   3           5
+            source                      1   2           1
         """
         source, target, predicted = [], [], []
         for k, segment in enumerate(self.layout.completions):
-            begin, end = int(self.starts[k]), int(self.ends[k]) + (which == "best")
-            if (which == "best" and not self.best[k]) or begin == end:
+            if which == "best" and not self.best[k]:
                 continue
-            places = np.arange(begin, end)
-            target.append(places)
-            # A completion's first token is predicted at its context's end, which may lie before its siblings.
+            last = int(self.ends[k])
+            places = np.arange(int(self.starts[k]), last + 1 if which == "best" else last)
             context_end = self.layout.starts[self.layout.parents[segment] + 1] - 1
-            source.append(np.concatenate([[context_end], places[:-1]]))
+            target.append(places)
+            source.append(np.concatenate([[context_end], places])[:len(places)])
             predicted.append(np.full(len(places), k))
         fields = {"source": source, "target": target, "predicted": predicted}
         empty = np.zeros(0, np.int64)
@@ -240,10 +246,10 @@ def packed_lengths(data, examples, row_format, kept=None):
     for i, example in enumerate(examples):
         lengths = data.lengths(example).tolist()
         keep = range(len(lengths) - 1) if kept is None or kept[i] is None else kept[i]
-        total = max(1, min(lengths[0], row_format.context_room(lengths)))
+        total = max(1, min(lengths[0], row_format.context_room(max(lengths[1:]))))  # <eot> if it is empty
         for k in keep:
-            for mark in row_format.copies:
-                length = len(mark) + lengths[1 + k]
+            for control in row_format.control:
+                length = len(control) + lengths[1 + k]
                 total += length + len(row_format.end_of(length))
         totals.append(total)
     return totals
@@ -255,11 +261,10 @@ def whole_lengths(data, row_format):
     sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])
     n_completions = np.diff(data.first) - 1
     in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]
-    context_room = row_format.comparison_room - data.longest() - 1
-    n_copies, marks = len(row_format.copies), sum(map(len, row_format.control))
+    in_context = np.clip(sizes[contexts], 1, row_format.context_room(data.longest()))
+    n_copies, in_controls = len(row_format.control), sum(map(len, row_format.control))
     ends = n_copies * n_completions if row_format.eoc else 0
-    in_context = np.clip(sizes[contexts], 1, context_room)
-    return in_context + n_copies * in_completions + marks * n_completions + ends
+    return in_context + n_copies * in_completions + in_controls * n_completions + ends
 
 
 def make_row(data, examples, row_format, kept=None, predict=None):
@@ -268,39 +273,38 @@ def make_row(data, examples, row_format, kept=None, predict=None):
     kept: for each example the numbers of the completions to lay out, or None for all of them.
     predict: which tokens to predict, as for Row.predicting, or None for no language-model loss.
 
-    A context that is too long is cut on the left. An empty context becomes <eot>, as at a document's
-    beginning, so that there is something to predict a completion's first token from.
+    A context that is too long is cut on the left; data/selection.py counts and reports these. An empty
+    context becomes <eot>, as at a document's beginning, so that there is something to predict a completion's
+    first token from.
     """
-    parts, lengths, parents = [], [], []  # of segments
+    segments, parents = [], []  # token ids of each segment, and the number of its context
     owner, scores, best = [], [], []  # of completions
     row_pairs = []  # of comparisons
     for c, example in enumerate(examples):
         context, *completions = data.segments(example)
         keep = range(len(completions)) if kept is None or kept[c] is None else kept[c]
         kept_scores = data.scores(example)[list(keep)]
-        row_pairs.append(_pairs_in_row(kept_scores, len(owner), bool(row_format.control)))
+        row_pairs.append(_pairs_in_row(kept_scores, len(owner), is_binarised=len(row_format.control) == 2))
 
-        room = row_format.context_room(data.lengths(example))
+        room = row_format.context_room(max(map(len, completions)))
         context = context[max(0, len(context) - room):] if len(context) else [row_format.tokenizer.eot]
-        parent = len(lengths)
-        parts.append(context)
-        lengths.append(len(context))
+        parent = len(segments)
+        segments.append(context)
         parents.append(parent)
         for i, k in enumerate(keep):
-            for copy, mark in enumerate(row_format.copies):
-                end = row_format.end_of(len(mark) + len(completions[k]))
-                parts += [mark, completions[k], end]
-                lengths.append(len(mark) + len(completions[k]) + len(end))
+            for n_copy, control in enumerate(row_format.control):
+                end = row_format.end_of(len(control) + len(completions[k]))
+                segments.append(np.concatenate([control, completions[k], end]))
                 parents.append(parent)
                 owner.append(c)
                 scores.append(kept_scores[i])
-                best.append(i == kept_scores.argmax() and copy == 0)
+                best.append(i == kept_scores.argmax() and n_copy == 0)
 
-    layout = Layout(lengths, parents)
+    layout = Layout(map(len, segments), parents)
     better, worse, pair_weight = (np.concatenate(x) for x in zip(*row_pairs))
-    tokens = np.concatenate(parts).astype(np.int64)
     row = Row(
-        tokens=torch.from_numpy(tokens), layout=layout, examples=np.asarray(examples),
+        tokens=torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout=layout,
+        examples=np.asarray(examples),
         owner=torch.tensor(owner), best=np.asarray(best),
         scores=torch.tensor(np.asarray(scores), dtype=torch.float32),
         starts=torch.tensor([layout.starts[i] for i in layout.completions]), ends=layout.ends,
@@ -309,7 +313,7 @@ def make_row(data, examples, row_format, kept=None, predict=None):
     return row.predicting(predict) if predict else row
 
 
-def _pairs_in_row(scores, first, binarised):
+def _pairs_in_row(scores, first, is_binarised):
     """(better, worse, weight) of a comparison's pairs. `first`: the number of its first completion in the
     row.
 
@@ -317,7 +321,7 @@ def _pairs_in_row(scores, first, binarised):
     gives two independent pairs, GOOD:A > BAD:A and BAD:B > GOOD:B (Section 4.3).
     """
     better, worse = pairs(scores)
-    if binarised:
+    if is_binarised:
         good, bad = first + 2 * np.arange(len(scores)), first + 2 * np.arange(len(scores)) + 1
         better, worse = np.concatenate([good[better], bad[worse]]), np.concatenate([bad[better], good[worse]])
     else:
