@@ -6,36 +6,12 @@ import os
 
 import torch
 
-from data.errors import InputError
+from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
 from ranks import device_memory
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
-
-
-def positive(kind, most=None):
-    """An argparse type: an int or a float above 0, and not too large to count with."""
-    most = most or {int: 2**36, float: 1e300}[kind]
-
-    def parse(text):
-        value = kind(text)
-        if not 0 < value <= most:
-            raise ValueError
-        return value
-    parse.__name__ = f"positive {kind.__name__}"  # argparse says it in its message
-    return parse
-
-
-def between(kind, low, high):
-    """An argparse type: an int or a float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"
-    return parse
 
 
 def run_folder(out):

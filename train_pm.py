@@ -16,9 +16,11 @@ Objectives:
   imitation  cross-entropy of the best completion; no value head; scored by mean log-prob per token
 
 --binarise (Section 4.3) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and
-BAD:B > GOOD:B. GOOD and BAD are control texts, set before the completion. So the model learns to tell good
-from bad, but no ranking of its own that finetuning would have to undo. Its rewards for completions without a
-control text mean nothing yet: finetuning on ranked pairs, without control texts, gives them their meaning.
+BAD:B > GOOD:B. GOOD and BAD are control texts, set before the completion. A pair compares the two control
+texts of one completion, so the model learns which of them suits it, and never to rank one completion above
+another. That comes with finetuning on ranked pairs, without control texts; until then its rewards for
+completions without them mean nothing. The LM loss that pmp adds is that of " GOOD:" and the best completion
+behind it.
 """
 import argparse
 import math
@@ -30,12 +32,11 @@ import torch.nn.functional as F
 import checkpoint
 import plan
 import trainer
-from data import toy
+from data import selection, toy
 from data.comparisons import load_comparisons
 from data.errors import InputError, Parser, run_main
 from data.files import content_key
-from data.packing import RowFormat, balance, make_row, pack, packed_lengths, spread, step_examples
-from data.selection import completions_to_keep, measure_rows, mix, split
+from data.packing import RowFormat, make_row, pack, pack_for_rank, packed_lengths, spread, step_examples
 from data.tokenizer import get_tokenizer
 from evals import pm
 from model import SIZES
@@ -46,8 +47,9 @@ from ranks import pick_dtype, start
 STAGES = {"pmp": (0.1, 512, 1.0), "finetune": (0.01, 32, 0.0)}
 CONTROL = (" GOOD:", " BAD:")  # as text, so that any tokenizer has them
 EVAL_COMPARISONS = 4096  # an evaluation during training reads at most so many; evaluate.py reads all
-COUNTED = {  # what each objective's loss is a mean over
-    "ranked": "comparisons", "binarised": "comparisons", "binary": "completions", "imitation": "tokens"}
+MEAN_OVER = {  # what the loss and the metrics of each objective are means over, and the metrics' names
+    "ranked": ("comparisons", ("accuracy",)), "binarised": ("comparisons", ("accuracy",)),
+    "binary": ("completions", ("label_accuracy",)), "imitation": ("tokens", ())}
 
 
 def parse_args():
@@ -61,7 +63,8 @@ def parse_args():
     add("--size", choices=SIZES, default="0.8m",
         help="size of a fresh model, without --init (default: %(default)s)")
     add("--tokenizer", default="bytes",
-        help="tokenizer of a fresh model: bytes, gpt2 or a .tiktoken file (default: %(default)s)")
+        help="tokenizer of a fresh model: bytes (a token is a byte), gpt2, a .tiktoken file or, for toy "
+        "data, bpe:N (N tokens, learned from its texts; default: %(default)s)")
     add("--ctx", type=plan.positive(int),
         help="tokens that a context and one completion have room for; longer contexts are cut on the left "
         "(default: 1024, or what --init has if that is less)")
@@ -75,25 +78,12 @@ def parse_args():
     add("--chat", action="store_true",
         help="write Human/Assistant dialogues by the chat template of --init (default: as they stand)")
     add("--no_eoc", action="store_true",
-        help="write no end-of-context token, and read the reward at a completion's own last token")
-    add("--pairs_per_group", choices=("all", "1"), default="all",
-        help="pairs taken from a comparison of several completions: all of them, weighted so that each "
-        "comparison counts once, or one at random each epoch (default: all)")
-    add("--max_completions", type=plan.between(int, 2, 2**31), metavar="N",
-        help="lay out at most N completions of a comparison, drawn by --seed, so that comparisons of very "
-        "many completions fit in memory (default: all)")
+        help="write no <eoc> (end of context) behind completions, and read the reward at a completion's own "
+        "last token")
     add("--lm_weight", type=plan.between(float, 0, math.inf),
         help="weight of the LM loss on the best completion, which is added to the preference loss (default: "
         "the stage's)")
-    add("--pairs", type=plan.positive(int), metavar="N",
-        help="train on N comparisons, drawn by --seed (default: all)")
-    add("--sizes", nargs="+", type=plan.positive(int), metavar="N",
-        help="mix: so many training comparisons of each of --data, repeated where it has fewer (default: "
-        "each once)")
-    add("--weights", nargs="+", type=plan.positive(float), metavar="W",
-        help="mix: the share of each of --data in an epoch of the usual length, instead of --sizes")
-    add("--held_out", type=float, default=0.1,
-        help="part of the groups that is held out for evaluation, 0 to 1 (default: %(default)s)")
+    selection.add_flags(parser)
     plan.add_training_flags(
         parser, batch=None, batch_unit="comparisons", schedule="constant", warmup=0.0,
         batch_default="the stage's, or less: a hundredth of the training comparisons, but at least 8, so "
@@ -111,7 +101,8 @@ def main():
     sources = [toy.find_data([path], toy_name) for path in args.data]
     files = list(dict.fromkeys(file for source in sources for file in source))
     wants_head = args.objective != "imitation"
-    model, tokenizer, earlier_meta, is_resumed = build_model(args, ranks, files, wants_head)
+    resumed = trainer.resumed(args, ranks, "pm" if wants_head else "lm", files)
+    model, tokenizer, earlier_meta = resumed or build_model(args, ranks, wants_head)
     plan.fit_shard(args, ranks, model)
     if args.chat:
         tokenizer.use_chat()
@@ -119,18 +110,15 @@ def main():
     paper_rate, paper_batch, paper_lm_weight = STAGES[args.stage]
     lm_weight = paper_lm_weight if args.lm_weight is None else args.lm_weight
     if not wants_head:
-        lm_weight = 0.0  # the LM loss is all there is
+        lm_weight = 0.0  # the LM loss is all there is, so it is not added to another
     elif not lm_weight and not model.config.tied:
         model.lm_head.requires_grad_(False)  # nothing trains it
 
     data = load_comparisons(files, tokenizer, quiet=not ranks.main())
     control = tuple(map(tokenizer.encode, CONTROL)) if args.binarise else ((),)
     row_format = RowFormat(model.config.ctx, tokenizer, eoc=not args.no_eoc, control=control)
-    train, held_out, notes = split(args, data, row_format.comparison_room)
-    if args.sizes or args.weights:
-        train, counts = mix(args, data, train, sources)
-        notes.append("mix: " + ", ".join(f"{n:,} from {path}" for path, n in zip(args.data, counts)))
-    for note in notes:
+    train, held_out, notes = selection.choose(args, data, sources, row_format.comparison_room)
+    for note in notes:  # what is left out, and how many contexts are cut
         ranks.say(note)
     held_out_sample = held_out[spread(len(held_out), EVAL_COMPARISONS)]
 
@@ -141,9 +129,10 @@ def main():
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
     micro_tokens = plan.micro_tokens(args, model, ranks.device)
     objective = "binarised" if args.binarise else args.objective
+    unit, metric_names = MEAN_OVER[objective]
+    predict = "best" if lm_weight or not wants_head else None
 
     def training_row(examples, kept):
-        predict = "best" if lm_weight or not wants_head else None
         row = make_row(data, examples, row_format, kept, predict)
         if lm_weight:
             row.token_weight = lm_token_weights(row, objective)
@@ -152,10 +141,9 @@ def main():
     def micro_batches(step, rank=ranks.rank):
         epoch, numbers = step_examples(len(train), batch, args.seed, step)
         examples = train[numbers]
-        kept = [completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
+        kept = [selection.completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
         lengths = packed_lengths(data, examples, row_format, kept)
-        mine = balance(lengths, ranks.world)[rank]
-        rows = [[mine[j] for j in row] for row in pack([lengths[i] for i in mine], micro_tokens)]
+        rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)  # of numbers in `examples` and `kept`
         return [training_row(examples[row], [kept[i] for i in row]) for row in rows]
 
     def loss(model, row):
@@ -167,11 +155,7 @@ def main():
     def where(row):
         return ", ".join(data.where(i) for i in row.examples)
 
-    n_shortened = (np.diff(data.first)[train] - 1 > (args.max_completions or math.inf)).sum()
-    if n_shortened:
-        ranks.say(f"{n_shortened} comparisons have more completions than --max_completions "
-                  f"{args.max_completions}; that many of each are used")
-    mean_length, longest, longest_kept, longest_length = measure_rows(args, data, train, row_format)
+    mean_length, longest, longest_kept, longest_length = selection.measure_rows(args, data, train, row_format)
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "
         f"of them scored at every evaluation; a step: {batch} comparisons, about {batch * mean_length:,.0f} "
@@ -180,9 +164,8 @@ def main():
         "split, so it has to fit in memory (--max_completions makes it shorter)"])
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
-        evaluate=evaluate, where=where, unit=COUNTED[objective],
-        metric_names=("accuracy",) if wants_head else (),
-        resumed_from=earlier_meta if is_resumed else None,
+        evaluate=evaluate, where=where, unit=unit, metric_names=metric_names,
+        resumed_from=earlier_meta if resumed else None,
         largest=training_row([longest], [longest_kept]) if longest_length > micro_tokens else None,
         meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
               "eoc": not args.no_eoc, "binarised": args.binarise, "data": content_key(files),
@@ -191,34 +174,22 @@ def main():
 
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
-    if not 0 <= args.held_out < 1:
-        raise InputError(f"--held_out {args.held_out}: give a part from 0 up to, not including, 1")
+    selection.check_flags(args)
     if args.objective != "ranked" and args.binarise:
         raise InputError(f"--binarise is for --objective ranked, not {args.objective}")
     if args.objective == "imitation" and (args.no_eoc or args.lm_weight):
         raise InputError("--no_eoc and --lm_weight are for preference models, not --objective imitation")
-    for name in ("sizes", "weights"):
-        numbers = getattr(args, name)
-        if numbers and len(numbers) != len(args.data):
-            raise InputError(f"--{name} needs one number for each of the {len(args.data)} --data, found "
-                             f"{len(numbers)}")
-    if sum(map(bool, (args.weights, args.sizes, args.pairs))) > 1:
-        raise InputError("give one of --sizes, --weights and --pairs")
 
 
-def build_model(args, ranks, files, wants_head):
-    """(model, tokenizer, meta of the checkpoint that it comes from or None, True if a stopped run goes
-    on)."""
-    earlier = trainer.resumed(args, ranks, "pm" if wants_head else "lm", files)
-    if earlier:
-        return *earlier, True
+def build_model(args, ranks, wants_head):
+    """(model, tokenizer, meta) from --init, or of --size and --tokenizer, without meta."""
     if args.init:
         model, tokenizer, meta = checkpoint.load(args.init, value_head=wants_head, seed=args.seed)
         plan.set_ctx(model, args.ctx or min(1024, model.config.ctx))
-        return model, tokenizer, meta, False
+        return model, tokenizer, meta
     text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)
-    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks, wants_head), tokenizer, None, False
+    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks, wants_head), tokenizer, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,8 +211,8 @@ def binary_loss(rewards, is_good):
 
 
 def reward_loss(rewards, row, objective):
-    """(sum, count, metrics) of a row, from the rewards (K,) of its completions. The count is of comparisons,
-    or of completions if the objective is binary.
+    """(sum, count, metrics) of a row, from the rewards (K,) of its completions. MEAN_OVER says what is
+    counted.
 
     "ranked" and "binarised" differ only in the pairs that the row brings. The weights of a comparison's pairs
     sum to 1, so each comparison counts once, however many completions it has.
@@ -249,7 +220,7 @@ def reward_loss(rewards, row, objective):
     if objective == "binary":
         is_good = row.scores > 0
         right = (rewards > 0) == is_good
-        return binary_loss(rewards, is_good).sum(), len(rewards), {"accuracy": right.float().sum()}
+        return binary_loss(rewards, is_good).sum(), len(rewards), {"label_accuracy": right.float().sum()}
     losses = ranked_loss(rewards.index_select(0, row.better), rewards.index_select(0, row.worse))
     return (row.pair_weight * losses).sum(), len(row.examples), {"accuracy": pairs_right(rewards, row)}
 
@@ -262,7 +233,7 @@ def pairs_right(scores, row):
 
 
 def comparison_loss(model, row, objective, lm_weight=0.0):
-    """(sum, count, metrics) of a row, in nats. COUNTED says what is counted.
+    """(sum, count, metrics) of a row, in nats. MEAN_OVER says what is counted.
 
     lm_weight: the factor of the LM loss of each comparison's best completion (a mean over its tokens), which
     is added.
@@ -286,25 +257,26 @@ def predicted_loss(model, hidden, row):
 
 
 def lm_token_weights(row, objective):
-    """(M,) weights of the predicted tokens. They make of the sum a mean over each completion's tokens."""
+    """(M,) weights of the predicted tokens, those of the best completion of each comparison. They sum to what
+    the comparison adds to the loss's count: to 1, or if the objective is binary to its number of completions.
+    """
     n_tokens = row.predicted.bincount()
     weights = 1 / n_tokens[row.predicted]
     if objective == "binary":
-        # The loss is divided by the number of completions, so a comparison of n completions has to count n
-        # times.
         n_completions = row.owner.bincount()
         weights = weights * n_completions[row.owner[row.predicted]]
     return weights
 
 
 def held_out_figures(model, data, examples, objective, row_format, micro_tokens, ranks):
-    """Loss and accuracy on held-out comparisons. The accuracy is that of the rewards, for imitation that of
-    the mean log-prob per token. A binarised model is asked which of GOOD and BAD suits a completion
-    better."""
+    """Loss and accuracy on held-out comparisons. The accuracy is the share of comparisons with different
+    scores that are ranked right by the rewards, for imitation by the mean log-prob per token. A binarised
+    model ranks the two control texts of each completion.
+    """
     sums = np.zeros(4)  # of the loss, of what it counts, of comparisons ranked right, of comparisons to rank
     predict = "best" if objective == "imitation" else None
     rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
-    for numbers, counts in ranks.share(rows):
+    for numbers, is_counted in ranks.share(rows):
         row = make_row(data, examples[numbers], row_format, predict=predict)
         n_ranked = row.pair_weight.sum().item()
         if objective == "imitation":
@@ -317,7 +289,7 @@ def held_out_figures(model, data, examples, objective, row_format, micro_tokens,
             row = row.to(ranks.device)
             scores = model.rewards(model(row.tokens, row.layout, only_ends=True))
             loss, count, _ = reward_loss(scores, row, objective)
-        sums += counts * np.array([loss.item(), count, pairs_right(scores, row).item(), n_ranked])
+        sums += is_counted * np.array([loss.item(), count, pairs_right(scores, row).item(), n_ranked])
     loss, count, right, n_ranked = ranks.sum(sums.tolist())
     figures = {"loss": loss / count} if count else {}
     if n_ranked:

@@ -1,6 +1,7 @@
 """Bad input is answered with one line and exit code 2. A traceback is for our own mistakes only."""
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -22,6 +23,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; {self.prog} -h explains the flags\n")
+
+
+def positive(kind, most=None):
+    """An argparse type: an int or a float above 0, and not too large to count with."""
+    most = most or {int: 2**36, float: 1e300}[kind]
+
+    def parse(text):
+        value = kind(text)
+        if not 0 < value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"  # argparse says it in its message
+    return parse
+
+
+def between(kind, low, high):
+    """An argparse type: an int or a float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
+    return parse
 
 
 def one_line(text):

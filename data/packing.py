@@ -76,6 +76,12 @@ def balance(lengths, ranks):
     return shares
 
 
+def pack_for_rank(lengths, capacity, rank, ranks):
+    """The rows of one rank, lists of item numbers: its share of the items by `balance`, in rows by `pack`."""
+    mine = balance(lengths, ranks)[rank]
+    return [[mine[j] for j in row] for row in pack([lengths[i] for i in mine], capacity)]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Where things lie in a row
 

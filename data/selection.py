@@ -1,20 +1,69 @@
 """Which comparisons a preference model is trained on, and which of their completions are laid out.
 
-`args` are the flags of train_pm.py. Everything that is drawn depends on --seed, and on the epoch where it
-says so.
+`args` are the flags of train_pm.py, of which `add_flags` adds those that are read here. Everything that is
+drawn depends on --seed, and on the epoch where it says so.
 """
+import math
+
 import numpy as np
 
 from data.comparisons import pairs
-from data.errors import InputError
+from data.errors import InputError, between, positive
 from data.packing import packed_lengths, whole_lengths
+
+
+def add_flags(parser):
+    add = parser.add_argument
+    add("--pairs", type=positive(int), metavar="N",
+        help="train on N comparisons, drawn by --seed (default: all)")
+    add("--sizes", nargs="+", type=positive(int), metavar="N",
+        help="mix: so many training comparisons of each of --data, repeated where it has fewer (default: "
+        "each once)")
+    add("--weights", nargs="+", type=positive(float), metavar="W",
+        help="mix: the share of each of --data in an epoch of the usual length, instead of --sizes")
+    add("--held_out", type=float, default=0.1,
+        help="part of the groups that is held out for evaluation, 0 to 1 (default: %(default)s)")
+    add("--pairs_per_group", choices=("all", "1"), default="all",
+        help="pairs taken from a comparison of several completions: all of them, weighted so that each "
+        "comparison counts once, or one at random each epoch (default: all)")
+    add("--max_completions", type=between(int, 2, 2**31), metavar="N",
+        help="lay out at most N completions of a comparison, drawn by --seed, so that comparisons of very "
+        "many completions fit in memory (default: all)")
+
+
+def check_flags(args):
+    """Raise InputError for flags of `add_flags` that do not go together."""
+    if not 0 <= args.held_out < 1:
+        raise InputError(f"--held_out {args.held_out}: give a part from 0 up to, not including, 1")
+    for name in ("sizes", "weights"):
+        numbers = getattr(args, name)
+        if numbers and len(numbers) != len(args.data):
+            raise InputError(f"--{name} needs one number for each of the {len(args.data)} --data, found "
+                             f"{len(numbers)}")
+    if sum(map(bool, (args.weights, args.sizes, args.pairs))) > 1:
+        raise InputError("give one of --sizes, --weights and --pairs")
+
+
+def choose(args, data, sources, room):
+    """The comparisons to train and to evaluate on: `split`, and then `mix` if the flags ask for it. Returns
+    what `split` returns. sources: the files of each of --data."""
+    train, held_out, notes = split(args, data, room)
+    if args.sizes or args.weights:
+        train, counts = mix(args, data, train, sources)
+        notes.append("mix: " + ", ".join(f"{n:,} from {path}" for path, n in zip(args.data, counts)))
+    n_shortened = (np.diff(data.first)[train] - 1 > (args.max_completions or math.inf)).sum()
+    if n_shortened:
+        notes.append(f"{n_shortened} comparisons have more completions than --max_completions "
+                     f"{args.max_completions}; that many of each are used")
+    return train, held_out, notes
 
 
 def split(args, data, room):
     """Choose the comparisons to train and to evaluate on: those that fit in `room` tokens and that teach
     something.
 
-    Returns (numbers of training comparisons, numbers of held-out ones, lines that say what was left out).
+    Returns (numbers of training comparisons, numbers of held-out ones, notes: lines that say what was left
+    out, and how many contexts will be cut).
     """
     fits, is_held_out, differs = data.fits(room), data.held_out(args.held_out), data.differ()
     usable = fits & differs if args.objective == "ranked" else fits

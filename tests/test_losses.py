@@ -89,7 +89,7 @@ def test_binary_loss_of_a_row_equals_the_one_by_hand(tmp_path):
     is_good = [False, True, True, False, True]
     by_hand = sum(softplus(-reward if good else reward) for reward, good in zip(rewards, is_good))
     assert (total.item(), count) == (pytest.approx(by_hand, abs=1e-6), 5)
-    assert figures["accuracy"] == sum((reward > 0) == good for reward, good in zip(rewards, is_good))
+    assert figures["label_accuracy"] == sum((reward > 0) == good for reward, good in zip(rewards, is_good))
 
 
 def test_imitation_is_cross_entropy_of_the_best_completion_and_its_end(tmp_path):
