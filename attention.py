@@ -44,7 +44,7 @@ def attention(q, k, v, layout=None, only_ends=False, prefix=()):
         if prefix or q.shape[1] < k.shape[1]:
             return continued_attention(q, k, v, prefix)
         return causal_attention(q, k, v)
-    if has_varlen(q):
+    if has_varlen(q.device, q.dtype):
         return varlen_attention(q, k, v, layout, only_ends, prefix)
     tiles = layout.table(("tiles", only_ends, q.dtype, q.device), lambda: layout_tiles(layout, only_ends, q))
     if prefix:
@@ -53,9 +53,17 @@ def attention(q, k, v, layout=None, only_ends=False, prefix=()):
     return by_token(out)
 
 
-def has_varlen(q):
+def has_varlen(device, dtype):
     """True if torch's variable-length attention can compute this."""
-    return varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def backend(device, dtype):
+    """What computes attention on this device, in words, for the printed plan of a run."""
+    if device.type == "cpu":
+        return "tiles"
+    packed = "varlen_attn" if has_varlen(device, dtype) else "tiles"
+    return f"scaled_dot_product_attention (packed rows: {packed})"
 
 
 def by_key_head(q, k):

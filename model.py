@@ -286,6 +286,10 @@ class GPT(nn.Module):
         compute = plain_attention if self.plain else fast_attention.attention
         return compute(q, k, v, layout, only_ends, prefix)
 
+    def attention_backend(self, device):
+        """What computes attention on this device, in words."""
+        return "its definition" if self.plain else fast_attention.backend(device, self.dtype)
+
     def rotation(self, positions):
         """cos and sin (T, 1, D) of the rotary angles at these positions, for `rotate`."""
         half = self.config.d_head // 2

@@ -200,6 +200,7 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
               f"ctx {config.ctx}, vocabulary {config.vocab_size:,}; {blocks / 1e6:.2f}M parameters in the "
               f"blocks, {total / 1e6:.2f}M in all\n{data}\nrun: {n_steps:,} steps, peak learning rate "
               f"{lr:.3g}, on {ranks.world} x {ranks.device.type}{sharded}, in "
-              f"{str(model.dtype).removeprefix('torch.')}, micro-batches of {micro_tokens:,} tokens, about "
+              f"{str(model.dtype).removeprefix('torch.')}, attention by "
+              f"{model.attention_backend(ranks.device)}, micro-batches of {micro_tokens:,} tokens, about "
               f"{(state + activations) / 2**30:.1f} GiB a rank: {state / 2**30:.1f} of weights, gradients and "
               f"optimizer, {activations / 2**30:.1f} of activations\noutput: {args.out}")

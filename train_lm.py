@@ -72,7 +72,7 @@ def main():
         raise InputError(f"{files[0]}: the held-out text has a single token; give more text or a larger "
                          "--held_out")
 
-    @functools.lru_cache(maxsize=2)
+    @functools.lru_cache(maxsize=2)  # of this step's epoch and of the next step's, which is made meanwhile
     def epoch_windows(epoch):
         return lm_windows(text, ctx, args.seed, epoch)
 
@@ -84,8 +84,10 @@ def main():
     lr = args.lr or plan.lm_rate(model.config.d_model)
     micro_batch = max(1, plan.micro_tokens(args, model, ranks.device) // ctx)  # windows
     n_evaluations = math.ceil(n_steps / (plan.eval_interval(args, n_steps) or n_steps))
-    # A held-out token costs a third of a training token, as it has no backward pass.
-    eval_tokens = min(EVAL_TOKENS, int(3 * EVAL_COST * n_steps * batch * ctx / n_evaluations))
+    # A backward pass costs twice as much as a forward pass. So a training token costs three forward passes,
+    # and a held-out token one.
+    forward_passes = 3 * n_steps * batch * ctx
+    eval_tokens = min(EVAL_TOKENS, int(EVAL_COST * forward_passes / n_evaluations))
 
     def micro_batches(step, rank=ranks.rank):
         epoch, i = divmod(step, steps_per_epoch)
@@ -129,10 +131,11 @@ def held_out_loss(model, text, tokenizer, ctx, eval_tokens, micro_batch, ranks):
     n_windows = (len(text.tokens) - 1) // ctx
     starts = [ctx * i for i in spread(n_windows, max(1, eval_tokens // ctx))]
     total, n_bytes = 0.0, 0
-    for mine, counts in ranks.share([starts[i:i + micro_batch] for i in range(0, len(starts), micro_batch)]):
+    micro_batches = [starts[i:i + micro_batch] for i in range(0, len(starts), micro_batch)]
+    for mine, is_counted in ranks.share(micro_batches):  # not counted: one that another rank counts
         batch = windows(text, mine, ctx)
         batch_loss = window_loss(model, batch.to(ranks.device)).item()
-        if counts:
+        if is_counted:
             total, n_bytes = total + batch_loss, n_bytes + tokenizer.count_bytes(batch[:, 1:].numpy())
     total, n_bytes = ranks.sum([total, n_bytes])
     n_tokens = len(starts) * ctx

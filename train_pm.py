@@ -276,7 +276,7 @@ def held_out_figures(model, data, examples, objective, row_format, micro_tokens,
     sums = np.zeros(4)  # of the loss, of what it counts, of comparisons ranked right, of comparisons to rank
     predict = "best" if objective == "imitation" else None
     rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
-    for numbers, is_counted in ranks.share(rows):
+    for numbers, is_counted in ranks.share(rows):  # not counted: one that another rank counts
         row = make_row(data, examples[numbers], row_format, predict=predict)
         n_ranked = row.pair_weight.sum().item()
         if objective == "imitation":

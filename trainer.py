@@ -4,6 +4,10 @@ A script gives the loop `loss(model, batch) -> (sum, count, metrics)`: the summe
 number of tokens or comparisons that it is a sum over, and a dict of further sums over the same ones. A step's
 loss is the sum over all micro-batches and ranks, divided by the count over all of them. Therefore a batch of
 8, 8 batches of 1 and two ranks take the same step, which a mean of means would not.
+
+With several processes (ranks.py) each has a share of every step. Where gradients or numbers are added up, a
+rank waits until all others come to the same point. So all have to go through the model equally often: a rank
+with fewer micro-batches than another repeats one with weight 0.
 """
 import datetime
 import json
@@ -51,8 +55,8 @@ def resumed(args, ranks, kind, files):
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
         return None
-    if ranks.main():  # for all: ranks that asked at one moment would take each other for another run
-        os.close(lock_folder(out))  # names a run that is still writing
+    if ranks.main():  # not all ranks: one that asks while another holds the lock would find the run going on
+        os.close(lock_folder(out))  # raises InputError if another process is still writing there
     if not args.resume:
         raise InputError(f"{out}: holds a run already; give --resume to go on with it, or another --out")
     if not any(out.glob("step-*")) and not (out / "meta.json").exists():
@@ -164,7 +168,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                 filler = batches[-1] if batches else micro_batches(step, rank=0)[0].to(ranks.device)
             for i in range(n_batches):
                 is_last_batch = i == n_batches - 1
-                if i >= len(batches):  # all ranks go through the model equally often
+                if i >= len(batches):  # another rank has more
                     together.backward(filler, weight=0.0, is_last=is_last_batch)
                     continue
                 batch_sum, batch_count, batch_metrics = together.backward(batches[i], is_last=is_last_batch)
@@ -229,8 +233,9 @@ def scale_and_clip(optimizer, count, clip):
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / count
-    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    torch._foreach_mul_(own, (clip / (norm + 1e-6)).clamp(max=1) / count)
+    clip_factor = (clip / (norm + 1e-6)).clamp(max=1)  # 1 leaves a gradient that is short enough as it is
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_(local, clip_factor / count)
     return norm
 
 
@@ -245,7 +250,8 @@ def evaluated(model, evaluate):
 def report_non_finite(step, batches, sums, total, where, out):
     """Name the examples whose loss is not finite, and end all ranks with exit code 3."""
     bad = [batch for batch, batch_sum in zip(batches, sums) if not math.isfinite(batch_sum)]
-    if bad or math.isfinite(total):  # otherwise another rank has the bad examples, and names them
+    is_elsewhere = not bad and not math.isfinite(total)  # another rank has the bad examples, and names them
+    if not is_elsewhere:
         script = os.path.basename(sys.argv[0])
         print(f"{script}: error: the loss or gradient of step {step + 1} is not finite; nothing of it was "
               f"saved ({out} keeps its last checkpoint). Examples: "

@@ -189,6 +189,18 @@ def test_without_attention_py_everything_works_by_the_definition(monkeypatch):
     hidden = [model(random_tokens(1, 50)) for model in (plain, fast)]
     assert_same(*hidden)
     assert_same(*(gradients(model, x.sum())[0] for model, x in zip((plain, fast), hidden)))
+    backends = [model.attention_backend(torch.device("cpu")) for model in (plain, fast)]
+    assert backends == ["its definition", "tiles"]
+
+
+@pytest.mark.parametrize("dtype, packed", [(torch.bfloat16, "varlen_attn"), (torch.float32, "tiles")])
+def test_a_run_on_cuda_can_tell_what_computes_attention(dtype, packed, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
+    model = make_model()
+    model.dtype = dtype
+    assert f"packed rows: {packed}" in model.attention_backend(torch.device("cuda"))
+    monkeypatch.setattr(attention, "varlen_attn", None)  # torch 2.9 has none
+    assert "packed rows: tiles" in model.attention_backend(torch.device("cuda"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def cuda_way(monkeypatch):
     monkeypatch.setattr(attention, "AuxRequest", dict, raising=False)
     flags = inspect.signature(plain_varlen).parameters
     monkeypatch.setattr(attention, "VARLEN_FLAGS", flags, raising=False)
-    monkeypatch.setattr(attention, "has_varlen", lambda q: True)
+    monkeypatch.setattr(attention, "has_varlen", lambda device, dtype: True)
 
 
 @all_or_only_ends

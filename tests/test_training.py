@@ -234,7 +234,7 @@ def test_the_plan_comes_first(pm, lm, comparisons_file, tmp_path):
     printed = run_well("train_pm.py", "--init", lm, "--data", comparisons_file, *PM_FLAGS, "--out", out)
     before, _ = printed.split("step 1/8", 1)
     for words in ("--lr 0.003", "model: 2 layers x 64, 2 heads, ctx 192", "8 steps", "training comparisons",
-                  "GiB a rank", f"output: {out}"):
+                  "attention by tiles", "GiB a rank", f"output: {out}"):
         assert words in before
     assert re.search(rf"longest comparison: [\d,]+ tokens, {re.escape(str(comparisons_file))}:", before)
     named = re.search("flags: (.*)", before)[1]
