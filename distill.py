@@ -11,9 +11,10 @@ C is the prompt. p0 is the teacher: the initial model, unless --teacher names an
 the texts are pieces of language-model text set after "Human:", and half are dialogues.
 
 For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
-over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored. The
-gradient by a student's logits then differs from that of the KL over the whole vocabulary by at most twice the
-probability of the 51st class, since only its division among the other tokens is unknown.
+over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored.
+What is lost is how the teacher divides the 51st class among its tokens. So the gradient by the student's
+logits differs little from that of the KL over the whole vocabulary: summed over the vocabulary, the absolute
+differences are at most twice the teacher's probability of the 51st class.
 """
 import argparse
 import hashlib
@@ -31,7 +32,7 @@ import trainer
 from data import toy
 from data.errors import InputError, Parser, run_main
 from data.files import build_once, content_key
-from data.packing import Layout, TensorBatch, balance, pack, step_examples
+from data.packing import Layout, TensorBatch, pack, pack_for_rank, step_examples
 from data.text import lm_windows, load_text
 from evals.subject import read_prompt
 from losses import at_least_fp32, linear_loss
@@ -110,13 +111,11 @@ def main():
     steps_per_epoch = math.ceil(len(train) / args.batch)
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
 
-    def rows_of(numbers):
-        return [numbers[row] for row in pack([len(sequences[i]) for i in numbers], micro_tokens)]
-
     def micro_batches(step, rank=ranks.rank):
         numbers = train[step_examples(len(train), args.batch, args.seed, step)[1]]
-        mine = balance([len(sequences[i]) for i in numbers], ranks.world)[rank]
-        return [SequenceRow(row, sequences, stored) for row in rows_of(numbers[mine])]
+        lengths = [len(sequences[i]) for i in numbers]
+        rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)
+        return [SequenceRow(numbers[row], sequences, stored) for row in rows]
 
     def loss(model, row):
         hidden = model(row.tokens, row.layout)
@@ -130,9 +129,10 @@ def main():
 
     def evaluate(model):
         total, n_tokens = 0.0, 0
-        for numbers, counts in ranks.share(rows_of(held_out)):
-            row_loss, count, _ = loss(model, SequenceRow(numbers, sequences, stored).to(ranks.device))
-            total, n_tokens = total + counts * row_loss.item(), n_tokens + counts * count
+        rows = pack([len(sequences[i]) for i in held_out], micro_tokens)
+        for row, is_counted in ranks.share(rows):  # not counted: one that another rank counts
+            row_loss, count, _ = loss(model, SequenceRow(held_out[row], sequences, stored).to(ranks.device))
+            total, n_tokens = total + is_counted * row_loss.item(), n_tokens + is_counted * count
         total, n_tokens = ranks.sum([total, n_tokens])
         return {"loss": total / n_tokens, "tokens": round(n_tokens)}
 
@@ -172,8 +172,9 @@ def find_sources(args):
 def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):
     """--sequences arrays of at most ctx token ids, in a random order: half pieces of text, half dialogues.
 
-    Each is tokenised as one string, from the line ends before it on, just as an evaluation tokenises what it
-    reads behind a prompt. Tokens of separate strings, joined, would often be others.
+    Each is a string that begins with the blank line before its first speaker, and is tokenised whole, just as
+    an evaluation tokenises what it reads behind a prompt. The parts of a string, tokenised one by one, would
+    often have other tokens where they meet.
     """
     n_dialogues = args.sequences // 2
     n_pieces = args.sequences - n_dialogues
@@ -206,14 +207,14 @@ def text_pieces(text, tokenizer, ctx, seed):
     """
     for start in lm_windows(text, min(ctx, len(text.tokens) - 1), seed, epoch=0).tolist():
         window = np.asarray(text.tokens[start:start + 2 * ctx])
-        ends = np.flatnonzero(window == tokenizer.eot)
-        if len(ends) and ends[0] < min(ctx, len(window) - 1):
-            document = window[ends[0] + 1:]
-            string = tokenizer.decode(document[:ends[1] - ends[0] - 1] if len(ends) > 1 else document)
+        # Where the documents in the window end. The window's own end cuts off the last one.
+        end, *later_ends = [*np.flatnonzero(window == tokenizer.eot).tolist(), len(window)]
+        if end < min(ctx, len(window) - 1):  # a document begins behind it
+            string = tokenizer.decode(window[end + 1:later_ends[0]])
         else:
-            string = tokenizer.decode(window[:ends[0]] if len(ends) else window)
-            first = SENTENCE_END.search(string)
-            string = string[first.end():] if first else ""
+            string = tokenizer.decode(window[:end])
+            sentence_end = SENTENCE_END.search(string)
+            string = string[sentence_end.end():] if sentence_end else ""
         ids = tokenizer.encode(HUMAN + string.strip())[:ctx]
         if len(ids) >= SHORTEST:
             yield ids
@@ -267,7 +268,7 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
     shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
     first_shard = ranks.rank * len(shards) // ranks.world
     folders = {}
-    is_silent = None if ranks.main() else True  # None: where there is no terminal
+    is_silent = None if ranks.main() else True  # None: a bar on a terminal, and nothing elsewhere
     with tqdm(total=len(sequences), desc="teacher", unit="sequence", disable=is_silent) as progress:
         for i in range(len(shards)):
             number = (first_shard + i) % len(shards)
@@ -283,19 +284,19 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
     for i, place in folders.items():
         ids[i] = np.memmap(place / "ids", id_type, "r").reshape(-1, TOP)
         log_p[i] = np.memmap(place / "log_p", np.float16, "r").reshape(-1, TOP + 1)
-    begins = np.cumsum([0, *lengths])
+    bounds = np.cumsum([0, *lengths])  # sequence i has the tokens from bounds[i] to bounds[i + 1] of all
 
     def stored(number):
         shard = number // SHARD
-        rows = slice(*(begins[[number, number + 1]] - begins[shard * SHARD]))
-        return ids[shard][rows], log_p[shard][rows]
+        begin, end = bounds[number:number + 2] - bounds[shard * SHARD]  # of the shard's tokens
+        return ids[shard][begin:end], log_p[shard][begin:end]
     return stored
 
 
 @torch.no_grad()
 def _store(place, teacher, prefix, sequences, micro_tokens, id_type, device):
     """Write the teacher's distributions of some sequences into a folder, in their order."""
-    stored = [None] * len(sequences)
+    distributions = [None] * len(sequences)
     for numbers in pack([len(x) for x in sequences], micro_tokens):
         row = SequenceRow(numbers, sequences).to(device)
         hidden = teacher(row.tokens, row.layout, prefix)
@@ -303,9 +304,9 @@ def _store(place, teacher, prefix, sequences, micro_tokens, id_type, device):
         ids, log_p = (torch.cat(x).cpu() for x in zip(*classes))
         sizes = [len(sequences[i]) for i in numbers]
         for i, *distribution in zip(numbers, ids.split(sizes), log_p.split(sizes)):
-            stored[i] = distribution
-    np.concatenate([ids.numpy().astype(id_type) for ids, _ in stored]).tofile(place / "ids")
-    np.concatenate([log_p.numpy().astype(np.float16) for _, log_p in stored]).tofile(place / "log_p")
+            distributions[i] = distribution
+    np.concatenate([ids.numpy().astype(id_type) for ids, _ in distributions]).tofile(place / "ids")
+    np.concatenate([log_p.numpy().astype(np.float16) for _, log_p in distributions]).tofile(place / "log_p")
 
 
 def top_classes(logits):
@@ -322,7 +323,8 @@ def rest_of(log_p, ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses
+# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks for their
+# losses and the gradient of these by the logits.
 
 
 def top_kl(model, hidden, ids, log_p):
@@ -332,8 +334,7 @@ def top_kl(model, hidden, ids, log_p):
     Returns (sum, losses (N,)).
     """
     def row_loss(logits, rows, need_gradient):
-        loss, gradient = top_kl_of(logits, ids[rows], log_p[rows])
-        return loss, gradient.to(logits.dtype) if need_gradient else None
+        return top_kl_of(logits, ids[rows], log_p[rows])
     return linear_loss(hidden.to(model.dtype), model.unembedding, row_loss)
 
 
@@ -341,18 +342,23 @@ def full_kl(model, hidden, teacher, taught):
     """KL over the whole vocabulary: hidden and taught (N, d), final hidden states of student and teacher.
     Returns (sum, losses (N,)) in nats."""
     def row_loss(logits, rows, need_gradient):
-        loss, gradient = full_kl_of(logits, teacher.logits(taught[rows]))
-        return loss, gradient.to(logits.dtype) if need_gradient else None
+        return full_kl_of(logits, teacher.logits(taught[rows]))
     return linear_loss(hidden.to(model.dtype), model.unembedding, row_loss)
 
 
 def top_kl_of(logits, ids, log_p):
     """(KL (N,), its gradient by the logits (N, V)) over the 51 classes; logits (N, V) of the student.
 
-    With q the student's softmax, the loss is the sum of p (log p - log q) over the classes, where q of the
-    51st class is the sum of q over all other tokens. The derivative of -log q of one class by the logits is
-    q, minus 1 at the class's token. For the class of all others it is q - q / q_rest at each of its tokens.
-    Together, as the p sum to 1: q - p at the 50, and q (1 - p_rest / q_rest) elsewhere.
+    The loss is the sum of p_c (log p_c - log q_c) over the classes c. Here q is the student's softmax, and
+    q_rest, its probability of the 51st class, the sum of q over all tokens but the 50. By the logit of token
+    i,
+
+        the derivative of -log q_c, where c is one of the 50, is   q_i - 1 if i is c, else q_i
+        the derivative of -log q_rest is                           q_i if i is one of the 50,
+                                                                   else q_i - q_i / q_rest
+
+    The sum of these, weighted by the p, which sum to 1, is q_i - p_i for the 50, and
+    q_i - p_rest q_i / q_rest for the others.
     """
     log_q = at_least_fp32(logits).log_softmax(-1)
     top, rest = log_q.gather(1, ids), rest_of(log_q, ids)

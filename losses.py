@@ -32,7 +32,7 @@ def linear_loss(hidden, unembedding, row_loss, weight=None):
     hidden (N, d_model); unembedding (V, d_model); weight (N,), the factor of each row's loss, or None for 1.
     row_loss(logits, rows, need_gradient): the loss itself, for the rows of one chunk, a slice of 0 to N. It
     gets their logits (n, V), which it may overwrite, and returns (losses (n,), their gradient by the logits
-    (n, V), or None where none is needed).
+    (n, V), which may be None if none is needed).
 
     Returns (weighted sum, a scalar with a gradient; losses (N,), without one), in fp32.
     """
@@ -65,6 +65,7 @@ class _LinearLoss(torch.autograd.Function):
             losses[rows], d_logits = row_loss(logits, rows, need_gradient)
             if need_gradient:
                 factor = weight[rows, None].to(h.dtype)
+                d_logits = d_logits.to(h.dtype)
                 d_hidden[rows] = (d_logits @ matrix) * factor
                 d_matrix += d_logits.T @ (h * factor)
         ctx.save_for_backward(d_hidden, d_matrix)
