@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -135,13 +135,20 @@ class Parallel:
 
 
 def shard_model(model, ranks, shard):
-    """Give each rank its part of every tensor of the model: of each block by itself, and of all else together,
-    which is gathered for a whole forward and backward pass."""
+    """Give each rank its part of every tensor of the model. The matrices of a block are gathered together, in
+    the precision in which they are applied. Norms are applied in fp32: those of all blocks are gathered
+    together, and so is all else, for a whole forward and backward pass."""
     kind, n_copies = ranks.device.type, ranks.world // shard
     shape, names = ((n_copies, shard), ("replicate", "shard")) if n_copies > 1 else ((shard,), ("shard",))
     mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh)
+    in_fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+    in_its_dtype = MixedPrecisionPolicy(model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
+    fully_shard(norms, mesh=mesh, mp_policy=in_fp32, reshard_after_forward=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=in_its_dtype)
+    fully_shard(model, mesh=mesh, mp_policy=in_fp32)
+    for module in (norms[0], *model.model.layers, model):
         module.set_gradient_divide_factor(1.0)  # our loss is a sum, and is divided by the global count
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave the factor out
 

@@ -1,10 +1,13 @@
 """Several ranks, each with the whole model or with a part of it, train as one does, save what one would, and go
 on in other numbers."""
+import collections
+import json
 import os
 import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, make_texts, metrics, rankable_comparisons, run_ranks,
                       run_refused, run_well, start_ranks, write_jsonl)
 
@@ -128,6 +131,33 @@ def test_recomputing_blocks_changes_nothing(trainings, tmp_path):
     assert metrics(one) == metrics(tmp_path / "out")
     run_ranks(*words, "--recompute", "--shard", 2, "--out", tmp_path / "two")
     assert_same(one, tmp_path / "two")
+
+
+def print_gathered():
+    """In a rank's process: at the end, print how many numbers the ranks have gathered, by their type."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before 2.13
+    gathered, gather, close = collections.Counter(), getattr(dist, name), trainer.Log.close
+
+    def counted(output_tensor, *rest, **more):
+        gathered[output_tensor.dtype] += output_tensor.numel()
+        return gather(output_tensor, *rest, **more)
+
+    def closed(self):
+        print("gathered", json.dumps({str(dtype): n for dtype, n in gathered.items()}))
+        close(self)
+    setattr(dist, name, counted)
+    trainer.Log.close = closed
+
+
+def test_blocks_are_gathered_in_the_precision_of_their_products(trainings, tmp_path):
+    """In bf16 the figures are those of whole models on the same ranks, as all else stays in fp32."""
+    words, _ = trainings["ranked"]
+    words = (*words, "--dtype", "bf16")
+    run_ranks(*words, "--out", tmp_path / "whole")
+    printed = run_ranks(*words, "--shard", 2, "--out", tmp_path / "shared", before=print_gathered)
+    assert_same(tmp_path / "whole", tmp_path / "shared")
+    gathered = json.loads(printed.split("gathered ")[1].splitlines()[0])
+    assert gathered["torch.bfloat16"] > gathered["torch.float32"]
 
 
 def test_a_shard_is_a_part_of_the_ranks(lm, text_file, tmp_path):
