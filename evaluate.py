@@ -6,7 +6,8 @@
   python evaluate.py humaneval --model out/lm --data HumanEval.jsonl.gz --n 100
   python evaluate.py BENCHMARK -h                                     what it measures, and its flags
 
-A prompt is read once, and everything that is scored or sampled after it shares what was read.
+What is evaluated is called the subject (evals/subject.py): a model with its tokenizer and, if one is given,
+its prompt. The prompt is read once, and all that is scored or sampled behind it shares what was read.
 """
 import argparse
 import contextlib
@@ -21,13 +22,11 @@ import numpy as np
 import checkpoint
 import plan
 from data import toy
-from data.comparisons import load_comparisons
 from data.errors import InputError, Parser, run_main
 from data.files import check_writable, find_files, write_file
-from evals import choices, elo, perplexity, pm, programs, rerank, toxicity
+from evals import choices, elo, perplexity, pm, preferences, programs, rerank, toxicity
 from evals.sandbox import sandbox
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
-
 
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of descriptions
 
@@ -38,30 +37,35 @@ def parse_args():
     positive = plan.positive(int)
 
     def add(name, function, summary, data=None, default=None, **sampling):
-        """Add a benchmark; returns the function that adds a flag to it. data: the help text of --data, for
-        benchmarks of one model; --data must be given if there is no default. sampling: defaults of its flags.
+        """Add a benchmark. Returns its parser, to which flags can be added that it alone has.
+
+        data: the help text of --data, for benchmarks of one model, which also get the flags of a model.
+        default: that of --data, which must be given if there is none. sampling: defaults of sampling's flags.
         """
         benchmark = benchmarks.add_parser(name, help=summary, description=inspect.cleandoc(function.__doc__),
                                           formatter_class=AS_WRITTEN)
         benchmark.set_defaults(function=function)
-        flag = benchmark.add_argument
         if data:
             add_model_flags(benchmark)
-            flag("--data", nargs="+", help=data, required=default is None, default=[default])
+            benchmark.add_argument(
+                "--data", nargs="+", help=data, required=default is None, default=[default])
         else:
             plan.add_device_flags(benchmark)
         if sampling:
             add_sampling_flags(benchmark, **sampling)
-        flag("--out", metavar="FILE.jsonl", help="write each item as a line of JSON to this file")
-        return flag
+        benchmark.add_argument(
+            "--out", metavar="FILE.jsonl", help="write each item as a line of JSON to this file")
+        return benchmark
 
-    pm_flag = flag = add("pm", preference_accuracy, "accuracy and calibration of a preference model",
-                         "comparison files or folders, or toy (default: toy)", "toy")
-    flag("--score", choices=pm.RULES,
-         help="score of a completion: reward (of a preference model), or mean or sum of the log-probs of its "
-         "tokens (default: reward; mean for a language model)")
-    flag("--skip_no_context", action="store_true",
-         help="leave out the scores without contexts, which take about a quarter of the time")
+    preference = add("pm", preference_accuracy, "accuracy and calibration of a preference model",
+                     "comparison files or folders, or toy (default: toy)", "toy")
+    preference.add_argument(
+        "--score", choices=pm.RULES,
+        help="score of a completion: reward (of a preference model), or mean or sum of the log-probs of its "
+        "tokens (default: reward; mean for a language model)")
+    preference.add_argument(
+        "--skip_no_context", action="store_true",
+        help="leave out the scores without contexts, which take about a quarter of the time")
     add("hhh", multiple_choice, "which answer is the helpful, honest, harmless one?",
         "BIG-bench's task.json files or their folder, comparison files with categories, or toy (default: our "
         "own items, data/hhh_items.jsonl)", choices.HHH_ITEMS)
@@ -74,43 +78,50 @@ def parse_args():
     for name, summary in (("humaneval", "functions from their docstrings; pass@k in a sandbox"),
                           ("mbpp", "functions from a sentence and an assertion; pass@k in a sandbox"),
                           ("quixbugs", "functions with a bug to mend; pass@k in a sandbox")):
-        flag = add(name, code, summary, "the published file, or of QuixBugs its folder",
-                   n=10, max_new=300, temperature=0.6, top_p=0.95)
-        flag("--k", type=positive, nargs="+", default=[1, 10],
-             help="pass@k for these k, each at most --n (default: 1 10)")
-        flag("--format", choices=("plain", "prompt"),
-             help="ask by the beginning of the function, or in the paper's dialogue (default: plain; prompt "
-             "if --prompt is given)")
-        flag("--problems", type=positive, help="only the first so many (default: all)")
-        flag("--unsafe", action="store_true", help=sandbox.UNSAFE_HELP)
-    flag = add("toxicity", toxic, "toxicity of continuations",
-               "prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), lines of "
-               "{\"text\"}, or .txt with one a line", n=25, max_new=20, temperature=1.0, top_p=0.9)
-    flag("--scorer", metavar="DIR", help="a binary preference model of ours, whose P(bad) is the toxicity, or "
-         "hatesonar, if installed (default: Detoxify, if installed)")
-    flag("--prompts", type=positive, help="only the first so many (default: all)")
-    flag = add("sample", sample, "continuations of contexts, for elo, re-ranking and people",
-               "comparison files, whose contexts are continued, or toy (default: toy)", "toy",
-               n=1, max_new=256, temperature=1.0, top_p=0.95)
-    flag("--contexts", type=positive, help="only the first so many (default: all)")
-    rerank_flag = add("rerank", best_of_k, "accuracy@k: is the best-scored of k samples right?",
-                      "comparison files: the samples of a problem, 1 where right and 0 where wrong")
-    rerank_flag("--k", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100],
-                help="accuracy@k for these k, up to the number of samples (default: 1 2 4 … 100)")
-    for flag in (pm_flag, rerank_flag):
-        flag("--split", choices=("auto", "held_out", "all"), default="auto",
-             help="which groups: held_out, all, or auto, which takes the held-out ones of files that the "
-             "model was trained on and all of others (default: auto)")
-        flag("--ensemble", nargs="+", default=[], metavar="DIR",
-             help="more preference models: score by the mean and by the least of all rewards, too")
-    flag = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge")
-    flag("--games", metavar="FILE", help="outcomes in a table, csv or JSON lines: model_a, model_b, winner")
-    flag("--judge", metavar="DIR", help="or: a preference model that judges --samples")
-    flag("--samples", nargs="+", metavar="FILE",
-         help="for --judge: a file of each player, as `evaluate.py sample --out` writes it")
-    flag("--names", nargs="+", help="names of the players, like --samples (default: the files' names)")
-    flag("--seed", type=plan.between(int, 0, 2**32), default=0,
-         help="decides the resampling for the intervals (default: %(default)s)")
+        writing = add(name, code, summary, "the published file, or of QuixBugs its folder",
+                      n=10, max_new=300, temperature=0.6, top_p=0.95)
+        writing.add_argument("--k", type=positive, nargs="+", default=[1, 10],
+                             help="pass@k for these k, each at most --n (default: 1 10)")
+        writing.add_argument(
+            "--format", choices=("plain", "prompt"),
+            help="ask by the beginning of the function, or in the paper's dialogue (default: plain; prompt "
+            "if --prompt is given)")
+        writing.add_argument("--problems", type=positive, metavar="N", help="only the first N (default: all)")
+        writing.add_argument("--unsafe", action="store_true", help=sandbox.UNSAFE_HELP)
+    toxicity_of = add("toxicity", toxic, "toxicity of continuations",
+                      "prompts: RealToxicityPrompts' JSON lines, comparison files (their contexts), lines of "
+                      "{\"text\"}, or .txt with one a line", n=25, max_new=20, temperature=1.0, top_p=0.9)
+    toxicity_of.add_argument(
+        "--scorer", metavar="DIR",
+        help="a binary preference model of ours, whose P(bad) is the toxicity, or hatesonar, if installed "
+        "(default: Detoxify, if installed)")
+    toxicity_of.add_argument("--prompts", type=positive, metavar="N", help="only the first N (default: all)")
+    sampling = add("sample", sample, "continuations of contexts, for elo, re-ranking and people",
+                   "comparison files, whose contexts are continued, or toy (default: toy)", "toy",
+                   n=1, max_new=256, temperature=1.0, top_p=0.95)
+    sampling.add_argument("--contexts", type=positive, metavar="N", help="only the first N (default: all)")
+    reranking = add("rerank", best_of_k, "accuracy@k: is the best-scored of k samples right?",
+                    "comparison files: the samples of a problem, 1 where right and 0 where wrong")
+    reranking.add_argument("--k", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 100],
+                           help="accuracy@k for these k, up to the number of samples (default: 1 2 4 … 100)")
+    for benchmark in (preference, reranking):
+        benchmark.add_argument(
+            "--split", choices=("auto", "held_out", "all"), default="auto",
+            help="which groups: held_out, all, or auto, which takes the held-out ones of files that the "
+            "model was trained on and all of others (default: auto)")
+        benchmark.add_argument(
+            "--ensemble", nargs="+", default=[], metavar="DIR",
+            help="more preference models: score by the mean and by the least of all rewards, too")
+    rating = add("elo", ratings, "ratings of models from A/B games, or from a preference model as judge")
+    rating.add_argument("--games", metavar="FILE",
+                        help="outcomes in a table, csv or JSON lines: model_a, model_b, winner")
+    rating.add_argument("--judge", metavar="DIR", help="or: a preference model that judges --samples")
+    rating.add_argument("--samples", nargs="+", metavar="FILE",
+                        help="for --judge: a file of each player, as `evaluate.py sample --out` writes it")
+    rating.add_argument("--names", nargs="+",
+                        help="names of the players, like --samples (default: the files' names)")
+    rating.add_argument("--seed", type=plan.between(int, 0, 2**32), default=0,
+                        help="decides the resampling for the intervals (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -142,73 +153,13 @@ def preference_accuracy(args):
     """Accuracy on comparisons (Sections 3 and 4), beside what simple rulers reach: longer wins, shorter wins,
     and the same model without the context. Also the calibration of P(A > B) = sigmoid(r_A - r_B), and
     accuracy by margin."""
-    subject = load_subject(args)
-    rule = args.score or ("reward" if subject.is_pm else "mean")
-    if rule == "reward" and not subject.is_pm:
-        raise InputError(f"{args.model}: a language model has no rewards; give --score mean or sum, or a "
-                         "preference model")
-    if rule != "reward" and subject.is_pm:
-        print(f"note: {args.model} is a preference model, trained for rewards and not for log-probs")
-    if subject.meta.get("binarised"):
-        print(f"note: {args.model} was trained on binarised pairs, with control texts before completions; "
-              "its rewards without them mean nothing until it is finetuned")
-    is_binary = subject.meta["objective"] == "binary"
-    files = toy.find_data(args.data, "binary.jsonl" if is_binary else "ranked.jsonl")
-    data = load_comparisons(files, subject.tokenizer)
-    unseen = subject.unseen(data, files, args.split)
-    examples = pm.examples_to_score(data, subject.ctx, unseen, to_rank=True)
-
-    scores = {rule: subject.score(data, examples, rule, progress="scoring")}
-    if not args.skip_no_context:
-        scores["no context"] = subject.score(data, examples, rule, context_ids=[subject.tokenizer.eot],
-                                             progress="without context")
-    if args.ensemble:
-        scores |= rerank.ensemble(args, files, data, examples, scores[rule], rule)
-    figures = {"benchmark": "pm", "model": args.model, "score": rule, "n": len(examples),
-               "contexts_cut": int(data.is_cut(subject.ctx)[examples].sum())}
-    figures |= preference_figures(data, examples, scores, rule)
-    items = []
-    for number, i in enumerate(examples):
-        columns = {name.replace(" ", "_"): values[number].tolist() for name, values in scores.items()}
-        items.append({"where": data.where(i), "group": f"{data.groups[i]:016x}",
-                      "scores": data.scores(i).tolist(), **columns})
-    return figures, items
-
-
-def preference_figures(data, examples, scores, rule):
-    """Print the tables of `preference_accuracy` and return their figures. scores: {rule: …, name of a ruler:
-    …}, each a list of arrays (completions,), one for each example."""
-    true_scores = [data.scores(i) for i in examples]
-    lengths = [data.chars[data.first[i] + 1:data.first[i + 1]].astype(float) for i in examples]
-    rulers = scores | {"longer wins": lengths, "shorter wins": [-chars for chars in lengths]}
-    margin, weight, comparison = pm.margins(true_scores, scores[rule])
-    groups = data.groups[examples][comparison]
-    figures = {"pairs": len(margin), "groups": len(np.unique(groups)), "ties": int((margin == 0).sum())}
-    print(f"\n{len(examples):,} comparisons, {len(margin):,} pairs, {figures['groups']:,} groups, "
-          f"{figures['ties']} ties (a tie counts half)\n")
-    for name, values in rulers.items():
-        is_right = pm.right(pm.margins(true_scores, values)[0])
-        mean, error = pm.mean_and_error(is_right, weight, groups)
-        print(f"  {choices.RULES.get(name, name):<16} {100 * mean:6.2f} % ± {100 * error:.2f}")
-        figures |= pm.figure("accuracy" if name == rule else name.replace(" ", "_"), mean, error)
-    print("  (± one standard error, by group)")
-    if rule == "reward":
-        figures["brier"], figures["ece"], figures["reliability"] = pm.calibration(margin, weight)
-        print(f"\n  Brier score {figures['brier']:.4f} (0.25: always saying 50 %)   expected calibration "
-              f"error {figures['ece']:.4f}\n\n  predicted      pairs   mean predicted   accuracy")
-        for low, high, n, confidence, accuracy in figures["reliability"]:
-            print(f"  {low:.2f}-{high:.2f}   {n:8,}   {confidence:14.3f}   {accuracy:8.3f}")
-    figures["by_margin"] = pm.by_margin(margin, weight)
-    print("\n  |margin|              pairs   accuracy")
-    for low, high, n, accuracy in figures["by_margin"]:
-        print(f"  {low:8.3f}-{high:<8.3f} {n:9,}   {accuracy:8.3f}")
-    return figures
+    return preferences.accuracy(args, load_subject(args))
 
 
 def multiple_choice(args):
-    """Multiple choice (Section 2), by mutual information, mean and sum of log-probs, or by reward: how often
-    the right choice has the highest score, on hhh by category. On truthfulqa MC1, for the best answer among
-    the incorrect ones, and MC2, the share of probability at correct answers."""
+    """How often the right choice has the highest score (Section 2): by mutual information, mean and sum of
+    log-probs, or by reward; on hhh also by category. On truthfulqa this is MC1, the best answer against the
+    incorrect ones, and beside it stands MC2, the share of probability that the correct answers have."""
     paths = toy.find_data(args.data, "hhh.jsonl") if args.benchmark == "hhh" else args.data
     return choices.multiple_choice(args.benchmark, paths, load_subject(args))
 
@@ -241,10 +192,10 @@ def toxic(args):
 
 
 def sample(args):
-    """n continuations of each context, written as comparisons without scores: for elo, re-ranking and people.
-    """
+    """Draws n continuations of each context, and writes them as comparisons whose scores are 0: for elo,
+    re-ranking and people."""
     subject = load_subject(args, checkpoint.load_lm)
-    records, _ = choices.read_items("choice", toy.find_data(args.data, "hhh.jsonl"))
+    records, _ = choices.read_items("choice", toy.find_data(args.data, "hhh.jsonl"))  # any comparison file
     contexts = list(dict.fromkeys(record["context"] for record in records))[:args.contexts]  # each once
     drawn = samples(subject, contexts, args, unit="context")
     items = [{"context": context, "completions": texts, "scores": [0] * len(texts), "group": context}
