@@ -93,6 +93,7 @@ def main():
     model.to(ranks.device)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     teacher = teacher.to(ranks.device).freeze(model.dtype)
+    # The prompt's text, and a cache that has read it.
     prompt, prefix = read_prompt(teacher, tokenizer, teacher.config.ctx, prompt_name, args.prompt_tokens)
     ctx = min(args.ctx or math.inf, teacher.config.ctx - prefix.prefix_tokens, model.config.ctx)
     if ctx < 2 * SHORTEST:
@@ -209,7 +210,7 @@ def text_pieces(text, tokenizer, ctx, seed):
         window = np.asarray(text.tokens[start:start + 2 * ctx])
         # Where the documents in the window end. The window's own end cuts off the last one.
         end, *later_ends = [*np.flatnonzero(window == tokenizer.eot).tolist(), len(window)]
-        if end < min(ctx, len(window) - 1):  # a document begins behind it
+        if end < min(ctx, len(window) - 1):  # another one begins behind it, early enough in the window
             string = tokenizer.decode(window[end + 1:later_ends[0]])
         else:
             string = tokenizer.decode(window[:end])
@@ -239,7 +240,7 @@ class SequenceRow(TensorBatch):
     def __init__(self, numbers, sequences, stored=None):
         self.numbers = numbers
         parts = [sequences[i] for i in numbers]
-        self.layout = Layout([len(x) for x in parts], range(len(parts)))  # contexts without completions
+        self.layout = Layout([len(x) for x in parts], range(len(parts)))  # contexts alone
         self.tokens = torch.from_numpy(np.concatenate(parts))  # (T,)
         self.ids = self.log_p = None
         if stored is not None:

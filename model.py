@@ -94,7 +94,7 @@ def plain_attention(q, k, v, layout, only_ends, prefix):
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
-    else:
+    else:  # the last query sees all keys, the one before it all but one, and so on
         n_queries, n_keys = q.shape[-3], k.shape[-3]
         visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
     for prefix_k, prefix_v in reversed(prefix):
@@ -293,7 +293,7 @@ class GPT(nn.Module):
     def rotation(self, positions):
         """cos and sin (T, 1, D) of the rotary angles at these positions, for `rotate`."""
         half = self.config.d_head // 2
-        precise = torch.promote_types(self.dtype, torch.float32)  # fp32; in tests with dtype fp64 that
+        precise = torch.promote_types(self.dtype, torch.float32)  # fp32, or fp64 if that is dtype
         exponents = -torch.arange(half, device=positions.device, dtype=precise) / half
         frequencies = scaled_frequencies(self.config.rope_theta ** exponents, self.config.rope_scaling)
         angles = positions.to(precise)[:, None, None] * frequencies  # (T, 1, D / 2)

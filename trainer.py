@@ -88,7 +88,7 @@ def learning_rate(args, peak, step, n_steps):
     if args.schedule == "linear":
         return peak * (1 - done)
     if args.schedule == "cosine":
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from the peak to a tenth of it
     return peak
 
 

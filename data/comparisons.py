@@ -95,6 +95,7 @@ def pairs(scores):
 
 def hash64(text):
     """A whole number from 0 to 2**64 - 1 that is as good as random, and always the same for the same text."""
+    # JSON can hold halves of surrogate pairs, which plain UTF-8 refuses.
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -214,7 +215,7 @@ def _build(folder, files, tokenizer):
         out = {key: stack.enter_context(open(folder / key, "wb")) for key in ("tokens", "hashes", *DTYPES)}
 
         def write(key, values):
-            out[key].write(np.asarray(values, DTYPES.get(key, np.uint64)).tobytes())
+            out[key].write(np.asarray(values, (DTYPES | {"hashes": np.uint64})[key]).tobytes())
 
         write("offsets", [0])
         write("first", [0])

@@ -127,7 +127,8 @@ class Layout:
         return self.sees(queries[:, None], places)
 
     def table(self, name, build):
-        """The result of `build()`, which is called once for each name, as all layers use the same table."""
+        """What attention works out from a layout, such as its tiles: the result of `build()`, which is called
+        once for each name, as all layers use the same table."""
         if name not in self._tables:
             self._tables[name] = build()
         return self._tables[name]
@@ -241,7 +242,7 @@ class Row(TensorBatch):
             source.append(np.concatenate([[context_end], places])[:len(places)])
             predicted.append(np.full(len(places), k))
         fields = {"source": source, "target": target, "predicted": predicted}
-        empty = np.zeros(0, np.int64)
+        empty = np.zeros(0, np.int64)  # for a row that predicts nothing
         arrays = {name: np.concatenate([empty, *parts]) for name, parts in fields.items()}
         return replace(self, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
@@ -263,10 +264,11 @@ def packed_lengths(data, examples, row_format, kept=None):
 
 def whole_lengths(data, row_format):
     """(C,) how many tokens each comparison of a data set takes with all of its completions: packed_lengths
-    for whole data sets, by arrays instead of one by one."""
-    sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])
+    for whole data sets, by arrays instead of one by one. Without row_format.eoc it leaves out the <eoc> that
+    empty completions have even so."""
+    sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])  # of segments; their numbers
     n_completions = np.diff(data.first) - 1
-    in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]
+    in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]  # all of a comparison but its context
     in_context = np.clip(sizes[contexts], 1, row_format.context_room(data.longest()))
     n_copies, in_controls = len(row_format.control), sum(map(len, row_format.control))
     ends = n_copies * n_completions if row_format.eoc else 0
