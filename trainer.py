@@ -5,9 +5,9 @@ number of tokens or comparisons that it is a sum over, and a dict of further sum
 loss is the sum over all micro-batches and ranks, divided by the count over all of them. Therefore a batch of
 8, 8 batches of 1 and two ranks take the same step, which a mean of means would not.
 
-With several processes (ranks.py) each has a share of every step. Where gradients or numbers are added up, a
-rank waits until all others come to the same point. So all have to go through the model equally often: a rank
-with fewer micro-batches than another repeats one with weight 0.
+With several processes (ranks.py) each has a share of every step. Parallel adds up their gradients, and
+ranks.sum their numbers, and at each such point a rank waits for all others. So all have to go through the
+model equally often: a rank with fewer micro-batches than another repeats one with weight 0.
 """
 import datetime
 import json
