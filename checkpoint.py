@@ -4,10 +4,14 @@
                                               architecture of the model that the run began with
     tokenizer.json, tokenizer_config.json     a preference model's tokenizer sets <eoc> behind each text
     meta.json                                 kind, objective, step, flags, metrics, training data, versions
-    train_state.pt                            optimizer state, for --resume
+    train_state.pt                            optimizer state, for --resume, or what ranks that share a model
+                                              write in its place (formats/train_state.py)
 
 A run writes its files into OUT/partial, and then renames this folder to OUT/step-N. So a crash at any moment
 leaves the last good checkpoint. When the run is done, the newest checkpoint's files become OUT's own.
+
+No rank holds the whole of a sharded model. Weights are gathered and written one tensor after the other, and a
+rank reads its part of them.
 
 `load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file (formats/pretrained.py).
 """
@@ -18,21 +22,25 @@ import re
 import shutil
 from pathlib import Path
 
-import safetensors
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from data.errors import InputError
 from data.files import fields, read_json, write_file
 from data.tokenizer import Tokenizer
-from formats.hf_folder import make_config, read_config, read_weights, weight_files, write_weights
+from formats import train_state
+from formats.hf_folder import (check_finite, make_config, read_config, read_weights, weight_files,
+                               write_weights)
 from formats.pretrained import read_pretrained
 from model import GPT
+from ranks import part_of
 
 # A large model has several weight files and their index in place of model.safetensors.
 META = {  # what meta.json holds of every run
     "kind": str, "objective": str, "step": int, "n_steps": int, "metrics": dict, "flags": dict, "data": str,
     "trained_on": [dict], "lm_lr": (float, None), "chat": (bool, None), "eoc": (bool, None),
-    "binarised": (bool, None)}
+    "binarised": (bool, None), "versions": (dict, None)}
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt",
          "meta.json")
 
@@ -59,39 +67,50 @@ def content_files(place):
     return [place] if place.is_file() else [place / "config.json", *weight_files(place)]
 
 
-def load(place, value_head=None, seed=0):
+def load(place, value_head=None, seed=0, lazily=False):
     """(model, tokenizer, meta) of a run's newest checkpoint, a Hugging Face folder or a .gguf file. Nothing
     but tensors and JSON is read.
 
     value_head: None takes the model as it is. True adds a head, drawn from `seed`, to a language model. False
-    leaves a preference model's head out. Raises InputError with the file for anything missing, damaged or of
-    another shape.
+    leaves a preference model's head out. lazily: leave the weights on disk, until ranks.place gives each rank
+    its part. Raises InputError with the file for anything missing, damaged or of another shape.
     """
     place = find(place)
     is_ours = place.is_dir() and (place / "meta.json").is_file()
     config, state, tokenizer, meta = read_checkpoint(place) if is_ours else read_pretrained(place)
+    path = content_files(place)[-1]
     has_head = config.value_head
     config.value_head = has_head if value_head is None else value_head
     if has_head and not config.value_head:
         state.pop("score.weight", None)
+    if config.value_head and not has_head:
+        state["score.weight"] = torch.empty(1, config.d_model).normal_(
+            std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
     try:
         if config.n_layer > len(state):
             raise RuntimeError(f"it has {len(state)} tensors, too few for {config.n_layer} layers")
         with torch.device("meta"):
             model = GPT(config)
-        if config.value_head and not has_head:
-            model.score.to_empty(device="cpu")
-            state["score.weight"] = model.score.weight.detach().normal_(
-                std=(config.d_model + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
-        model.load_state_dict(state, assign=True)
+        # Nothing is read yet, but names and shapes are compared.
+        model.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
     except RuntimeError as error:
         *_, why = str(error).splitlines()[:2]  # the first line of several only says that something is wrong
-        raise InputError(f"{content_files(place)[-1]}: does not fit config.json: {why.strip()[:200]}") from None
+        raise InputError(f"{path}: does not fit config.json: {why.strip()[:200]}") from None
+
+    def stored(name, p):
+        part = part_of(state.pop(name), p).float()
+        check_finite(path, name, part)
+        return part
+
+    if lazily:
+        model.source = stored
+    else:
+        model.load_state_dict({name: stored(name, p) for name, p in model.named_parameters()}, assign=True)
     return model, tokenizer, meta
 
 
 def read_checkpoint(folder):
-    """(Config, {name: fp32 tensor}, tokenizer, meta) of a checkpoint that `save` wrote."""
+    """(Config, {name: tensor}, tokenizer, meta) of a checkpoint that `save` wrote."""
     config = read_config(read_json(folder / "config.json"), folder / "config.json")
     tokenizer = Tokenizer.load(folder)
     meta = _read_meta(folder / "meta.json", "pm" if config.value_head else "lm")
@@ -129,41 +148,35 @@ def _read_meta(path, kind):
     return meta
 
 
-def load_train_state(folder):
-    """What `save` was given as train_state. Raises InputError if it is damaged, or of other weights than
-    those beside it."""
-    folder = find(folder)
-    path = folder / "train_state.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a different type for each way a file can be damaged
-        why = str(error)[:80]
-        raise InputError(f"{path}: missing or damaged, so this run cannot go on ({why})") from None
-    optimizer, = fields(state if isinstance(state, dict) else {}, path, {"optimizer": dict})
-    states, groups = fields(optimizer, f"{path}: optimizer", {"state": dict, "param_groups": [dict]})
-    shapes = {()}  # of the optimizer's counts of steps, and of all weights
-    for file in weight_files(folder):
-        with safetensors.safe_open(file, "pt") as weights:
-            shapes |= {tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
-    numbers = [number for group in groups for number in group.get("params", ())]
-    tensors = [tensor for values in states.values() for tensor in values.values()]
-    if sorted(states) != sorted(numbers) or not {tuple(tensor.shape) for tensor in tensors} <= shapes:
-        raise InputError(f"{path}: is not of the weights beside it, so this run cannot go on")
-    return state
+def load_optimizer(place, optimizer):
+    """Give an optimizer the state that was saved with the newest checkpoint of a run. Raises InputError if it
+    is damaged or of other weights."""
+    train_state.load(find(place), optimizer)
 
 
-def save(out, config, weights, tokenizer, meta, train_state):
+def save(out, config, weights, tokenizer, meta, state):
     """Write OUT/step-N, whole or not at all, and then remove older ones. N is meta["step"]. weights: the
-    model's state dict."""
+    model's state dict. state: {"optimizer": its state dict, and numbers}. All ranks call this together if the
+    model is sharded, otherwise one."""
     out = Path(out)
     place, partial = out / f"step-{meta['step']}", out / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in weights.values())
+    is_main = not is_sharded or dist.get_rank() == 0
     try:
-        partial.mkdir(parents=True)
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        if is_sharded:
+            dist.all_reduce(torch.zeros(1))  # all wait here for the folder
+            if not partial.is_dir():
+                raise InputError(f"{partial}: rank {dist.get_rank()} does not see what rank 0 writes; --out "
+                                 "has to be on a disk that all ranks share")
+        write_weights(partial, weights, writes=is_main)
+        train_state.save(partial, state, is_sharded)
+        if not is_main:
+            return
         write_file(partial / "config.json", json.dumps(make_config(config, tokenizer), indent=1))
-        write_weights(partial, weights)
         tokenizer.save(partial, append_eoc=meta["kind"] == "pm" and meta.get("eoc", True))
-        _save_train_state(train_state, partial / "train_state.pt")
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         meta = {**meta, "tokenizer": tokenizer.key, "chat": tokenizer.chat is not None,
                 "eoc_token_id": tokenizer.eoc, "versions": versions}
@@ -174,21 +187,15 @@ def save(out, config, weights, tokenizer, meta, train_state):
                 os.fsync(file.fileno())
         shutil.rmtree(place, ignore_errors=True)
         os.rename(partial, place)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"{out}: the checkpoint could not be written ({error}); make room and go "
                          "on with --resume: the one before it, if any, is whole") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
     for path in out.glob("step-*"):
         if path != place and re.fullmatch(r"step-\d+", path.name):
             _remove(path)
-
-
-def _save_train_state(state, path):
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # torch's words for a full disk tell of its streams
-        raise OSError(f"{path.name} could not be written; is the disk full?") from error
 
 
 def finish(out):

@@ -90,7 +90,6 @@ def main():
     if resumed:
         model = resumed[0]
     plan.fit_shard(args, ranks, model)
-    model.to(ranks.device)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     teacher = teacher.to(ranks.device).freeze(model.dtype)
     # The prompt's text, and a cache that has read it.
@@ -140,7 +139,10 @@ def main():
     def where(row):
         return "sequences " + ", ".join(map(str, row.numbers))
 
-    kl_before = resumed[2]["kl_before"] if resumed else trainer.evaluated(model, evaluate)["loss"]
+    if resumed:
+        kl_before = resumed[2]["kl_before"]
+    else:
+        kl_before = trainer.evaluated(model.to(ranks.device), evaluate)["loss"]
     n_tokens = sum(map(len, sequences))
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training sequences, {len(held_out):,} held out, {n_tokens:,} tokens; a step: "

@@ -201,12 +201,13 @@ class GPT(nn.Module):
     """The transformer. `dtype` is the precision of matrix products; weights, residual stream and losses are
     fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching. With
     `recompute` set, of each block only the input is kept for the backward pass, which computes the rest anew.
+    Where its tensors have no memory yet, source(name, parameter) is what this rank is to hold of one.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.dtype, self.plain = config, torch.float32, fast_attention is None
-        self.recompute = False
+        self.recompute, self.source = False, None
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.d_model),
             layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),

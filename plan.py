@@ -8,7 +8,7 @@ import torch
 
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
-from ranks import device_memory
+from ranks import device_memory, part_of
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -174,14 +174,21 @@ def fit_shard(args, ranks, model):
 
 
 def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
-    """A model of --size with weights drawn from --seed; if it is to be sharded, on torch's device "meta", where
-    tensors have no memory: then each rank draws its part. Raises InputError if training it cannot fit in this
-    machine."""
+    """A model of --size whose tensors have no memory yet. Each rank will draw its part of them from --seed.
+    Raises InputError if training it cannot fit in this machine."""
     config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
     with torch.device("meta"):
         model = GPT(config)
     fit_shard(args, ranks, model)
-    return model if args.shard > 1 else model.to_empty(device="cpu").init_weights(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def draw(name, p):
+        drawn = torch.empty(p.shape)
+        model.init_tensor(name, drawn, generator)
+        return part_of(drawn, p)
+
+    model.source = draw
+    return model
 
 
 def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):

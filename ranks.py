@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import InputError
@@ -60,6 +60,18 @@ class Ranks:
 
     def main(self):
         return self.rank == 0
+
+    def agree(self, values):
+        """Raise InputError on all ranks if they differ in one of `values`, {what it is: its value}."""
+        of_ranks = [None] * self.world
+        if self.world == 1:
+            return
+        dist.all_gather_object(of_ranks, values)
+        for rank in range(self.world):
+            for name, value in of_ranks[rank].items():
+                if value != of_ranks[0][name]:
+                    raise InputError(f"{name} is {of_ranks[0][name]} on rank 0, but {value} on rank {rank}; "
+                                     "it has to be the same on all ranks")
 
     def say(self, *words):
         if self.main():
@@ -114,9 +126,7 @@ class Parallel:
     def __init__(self, model, loss, ranks, shard=1):
         self.model, self.compute = model, Loss(model, loss)
         self.factor = 1.0
-        if shard > 1:
-            shard_model(model, ranks, shard)
-        elif ranks.world > 1:
+        if ranks.world > 1 and shard == 1:
             self.compute = DistributedDataParallel(self.compute, gradient_as_bucket_view=True)
             self.factor = float(ranks.world)  # it takes the mean over the ranks, and our gradient is a sum
 
@@ -153,45 +163,44 @@ def shard_model(model, ranks, shard):
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave the factor out
 
 
+def place(model, ranks, shard):
+    """Bring a model to its device and, if `shard` ranks are to share it, to these ranks. If its tensors have
+    no memory yet, each rank takes its part of the weights from model.source."""
+    is_empty = model.unembedding.is_meta
+    if not is_empty:
+        model.to(ranks.device)
+    if shard > 1:
+        shard_model(model, ranks, shard)
+    if is_empty:
+        fill(model, ranks.device)
+
+
 @torch.no_grad()
-def draw_shards(model, seed, device):
-    """Draw the weights of a sharded model whose tensors have no memory yet: those that GPT.init_weights draws,
-    each tensor by itself, of which a rank keeps its part."""
+def fill(model, device):
+    """Give a model whose tensors have no memory yet its weights, one tensor after the other."""
     model.to_empty(device=device)
-    generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        drawn = torch.empty(p.shape)
-        model.init_tensor(name, drawn, generator)
-        p.copy_(part_of(drawn, p))
+        local(p).copy_(model.source(name, p))
+    model.source = None
+
+
+def local(tensor):
+    """The part of a tensor that is on this rank: a view of a sharded one's, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor, p):
-    """This rank's part of a whole tensor, where it has that part of the sharded parameter p."""
-    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    """What a rank has in the parameter p, of the whole tensor: some rows, as a view, if p is sharded."""
+    if not isinstance(p, DTensor):
+        return tensor
+    mesh, dim = p.device_mesh, p.device_mesh.ndim - 1
+    n_rows = -(-len(tensor) // mesh.size(dim))  # torch.chunk divides them so: the last ranks may have less
+    return tensor[mesh.get_local_rank(dim) * n_rows:][:n_rows]
 
 
-def whole(state, keep):
-    """A state dict with every sharded tensor gathered, on the CPU. All ranks have to ask for it together; those
-    that do not `keep` it get None in its place, and need no memory for it."""
-    if isinstance(state, dict):
-        return {key: whole(value, keep) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value, keep) for value in state]
-    if isinstance(state, DTensor):
-        tensor = state.full_tensor()
-        return tensor.cpu() if keep else None
-    return state
-
-
-def sharded_as(optimizer, state):
-    """A whole optimizer state, as `whole` gathered it, cut into this rank's parts: those of its parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in state["state"].items():
-        p = parameters[number]
-        for key, value in values.items():
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                values[key] = part_of(value, p)
-    return state
+def whole(tensor):
+    """The whole of a tensor. If it is sharded, all ranks have to ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def main():
     if resumed:
         model, tokenizer, meta = resumed
     elif args.init:
-        model, tokenizer, meta = checkpoint.load(args.init, value_head=False)
+        model, tokenizer, meta = checkpoint.load(args.init, value_head=False, lazily=True)
     else:
         tokenizer, meta = get_tokenizer(args.tokenizer, files), None
         model = plan.fresh_model(args, tokenizer, args.ctx or 256, ranks)

@@ -184,7 +184,7 @@ def check_flags(args):
 def build_model(args, ranks, wants_head):
     """(model, tokenizer, meta) from --init, or of --size and --tokenizer, without meta."""
     if args.init:
-        model, tokenizer, meta = checkpoint.load(args.init, value_head=wants_head, seed=args.seed)
+        model, tokenizer, meta = checkpoint.load(args.init, wants_head, args.seed, lazily=True)
         plan.set_ctx(model, args.ctx or min(1024, model.config.ctx))
         return model, tokenizer, meta
     text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()

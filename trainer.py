@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
-from data.errors import InputError
+from data.errors import InputError, is_first_to_fail
 from data.files import content_key, file_digest, lock_folder, write_file
 from plan import eval_interval
-from ranks import Parallel, check_compiler, draw_shards, sharded_as, whole
+from ranks import Parallel, check_compiler, place
 
 # ------------------------------------------------------------------------------------------------------------
 # Going on with a run
@@ -61,7 +61,7 @@ def resumed(args, ranks, kind, files):
         raise InputError(f"{out}: holds a run already; give --resume to go on with it, or another --out")
     if not any(out.glob("step-*")) and not (out / "meta.json").exists():
         return None  # it was stopped before its first checkpoint
-    model, tokenizer, meta = checkpoint.load(out)
+    model, tokenizer, meta = checkpoint.load(out, lazily=True)
     flags = vars(args)
     changed = [f"without --{name}" if value is None or value is False else f"--{name} {value}"
                for name, value in meta["flags"].items()
@@ -72,6 +72,10 @@ def resumed(args, ranks, kind, files):
         raise InputError(f"{out}: --resume goes on as the run began: {', '.join(changed)}")
     if meta["data"] != content_key(files):
         raise InputError(f"{out}: --resume goes on as the run began, but --data has another content now")
+    version = (meta.get("versions") or {}).get("torch")
+    if version != torch.__version__:
+        ranks.say(f"note: {out} was saved by torch {version}; with {torch.__version__} the run goes on, but "
+                  "not bit for bit")
     return model, tokenizer, meta
 
 
@@ -115,22 +119,19 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     largest: a micro-batch that needs more memory than the usual ones, or None. It is computed once before the
         first step, so that a run that does not fit in memory fails then, and not after hours.
     """
-    is_drawn = not model.unembedding.is_meta
-    if is_drawn:
-        model.to(ranks.device)
+    ranks.agree({"the content of --data": meta["data"], "the version of torch": torch.__version__,
+                 "the step to go on from": resumed_from and resumed_from["step"]})
+    place(model, ranks, args.shard)
     model.recompute = args.recompute
     if args.compile:
         check_compiler(ranks.device)
         model.compile_blocks()
     together = Parallel(model, loss, ranks, args.shard)
-    if not is_drawn:
-        draw_shards(model, args.seed, ranks.device)
     optimizer = make_optimizer(model, lr, args.weight_decay)
     step, figures = 0, {}
     if resumed_from:
         step, figures = resumed_from["step"], resumed_from["metrics"]
-        state = checkpoint.load_train_state(args.out)["optimizer"]
-        optimizer.load_state_dict(sharded_as(optimizer, state))
+        checkpoint.load_optimizer(args.out, optimizer)
         ranks.say(f"resumed after step {step}")
     if largest is not None:
         together.backward(largest.to(ranks.device))
@@ -148,13 +149,12 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                     figures = evaluated(model, evaluate)
                     log.evaluation(step, figures)
                 if is_last or step % save_every == 0:
-                    weights, state = (whole(part.state_dict(), ranks.main()) for part in (model, optimizer))
-                    if ranks.main():
+                    if ranks.main() or args.shard > 1:
                         checkpoint.save(
-                            args.out, model.config, weights, tokenizer,
+                            args.out, model.config, model.state_dict(), tokenizer,
                             {**meta, "step": step, "n_steps": n_steps, "metrics": figures,
                              "flags": vars(args)},
-                            {"optimizer": state, "step": step})
+                            {"optimizer": optimizer.state_dict(), "step": step})
             if is_last:
                 break
 
@@ -251,7 +251,7 @@ def report_non_finite(step, batches, sums, total, where, out):
     """Name the examples whose loss is not finite, and end all ranks with exit code 3."""
     bad = [batch for batch, batch_sum in zip(batches, sums) if not math.isfinite(batch_sum)]
     is_elsewhere = not bad and not math.isfinite(total)  # another rank has the bad examples, and names them
-    if not is_elsewhere:
+    if not is_elsewhere and is_first_to_fail():
         script = os.path.basename(sys.argv[0])
         print(f"{script}: error: the loss or gradient of step {step + 1} is not finite; nothing of it was "
               f"saved ({out} keeps its last checkpoint). Examples: "

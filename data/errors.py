@@ -1,6 +1,7 @@
 """Bad input is answered with one line and exit code 2. A traceback is for our own mistakes only."""
 import argparse
 import contextlib
+import datetime
 import math
 import os
 import re
@@ -22,7 +23,22 @@ class Parser(argparse.ArgumentParser):
     usage."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; {self.prog} -h explains the flags\n")
+        line = f"{self.prog}: error: {message}; {self.prog} -h explains the flags\n"
+        self.exit(2, line if is_first_to_fail() else None)
+
+
+def is_first_to_fail():
+    """False if another process that torchrun started has said already why they end: of many ranks with one
+    error only one speaks. It leaves word in the store through which they found each other."""
+    if "RANK" not in os.environ:
+        return True
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         wait_for_workers=False, timeout=datetime.timedelta(seconds=5))
+        return store.add(f"failed in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (KeyError, RuntimeError):  # whoever kept the store has ended, too
+        return True
 
 
 def positive(kind, most=None):
@@ -84,7 +100,8 @@ def run_main(main):
             raise
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
-    print(f"{name}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    if is_first_to_fail():
+        print(f"{name}: error: {one_line(message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         os._exit(2)  # without an orderly shutdown, as other ranks may wait in a collective for ever
     sys.exit(2)

@@ -6,6 +6,7 @@ transformers does. What differs from this family is refused with the reason, nev
 """
 import json
 import math
+import os
 from pathlib import Path
 
 import safetensors
@@ -15,6 +16,7 @@ import torch
 from data.errors import InputError
 from data.files import read_json, write_file
 from model import Config
+from ranks import whole
 
 CLASS_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 OTHERS = {  # what other architectures have that model.py has not
@@ -153,7 +155,8 @@ def weight_files(folder):
 
 
 def read_weights(folder):
-    """{name: tensor} of all weights in a model folder, in fp32. Raises InputError with the file."""
+    """{name: tensor} of all weights in a model folder, in fp32, bf16 or fp16. They lie in the files: what is
+    not looked at is not read. Raises InputError with the file."""
     state = {}
     for path in weight_files(folder):
         try:
@@ -163,8 +166,7 @@ def read_weights(folder):
         for name, tensor in part.items():
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise InputError(f"{path}: {name} is of type {tensor.dtype}; fp32, bf16 and fp16 can be read")
-            state[name] = tensor.float()
-            check_finite(path, name, state[name])
+            state[name] = tensor
     return state
 
 
@@ -175,22 +177,38 @@ def check_finite(path, name, tensor):
                          "training that wrote it had diverged")
 
 
-def write_weights(folder, state):
-    """Write {name: tensor} as model.safetensors; if it is larger than SHARD_BYTES, as shards with an
-    index."""
-    shards, sizes = [{}], [0]
+def write_weights(folder, state, writes=True):
+    """Write {name: tensor} in fp32 as model.safetensors; if it is larger than SHARD_BYTES, as several files
+    with an index. Tensors are gathered, if they are sharded, and written one after the other, so only one is in
+    memory. All ranks of a sharded model call this together, and one of them `writes`."""
+    files, sizes = [{}], [0]
     for name, tensor in state.items():
-        if sizes[-1] and sizes[-1] + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+        if sizes[-1] and sizes[-1] + 4 * tensor.numel() > SHARD_BYTES:
+            files.append({})
             sizes.append(0)
-        shards[-1][name] = tensor.contiguous()
-        sizes[-1] += tensor.nbytes
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        places = {name: file for file, shard in zip(names, shards) for name in shard}
+        files[-1][name] = tensor
+        sizes[-1] += 4 * tensor.numel()
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+        places = {name: file for file, tensors in zip(names, files) for name in tensors}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
-        write_file(Path(folder) / "model.safetensors.index.json", json.dumps(index, indent=1))
-    for file, shard in zip(names, shards):
-        safetensors.torch.save_file(shard, Path(folder) / file, metadata={"format": "pt"})
+        if writes:
+            write_file(Path(folder) / "model.safetensors.index.json", json.dumps(index, indent=1))
+    for file, tensors in zip(names, files):
+        with open(Path(folder) / file if writes else os.devnull, "wb") as out:
+            out.write(safetensors_header(tensors))
+            for tensor in tensors.values():
+                out.write(whole(tensor).to("cpu", torch.float32).contiguous().numpy())
+
+
+def safetensors_header(tensors):
+    """The bytes before the numbers in a safetensors file of these tensors in fp32: the length of a JSON text,
+    and this text, which says where the numbers of each are."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # numbers begin where torch begins its own, for BLAS to be as fast
+    return len(text).to_bytes(8, "little") + text

@@ -16,7 +16,7 @@ from formats.hf_folder import read_config, read_weights
 
 
 def read_pretrained(place):
-    """(Config, {name: fp32 tensor}, tokenizer, meta) of a model folder or a .gguf file. Raises InputError for
+    """(Config, {name: tensor}, tokenizer, meta) of a model folder or a .gguf file. Raises InputError for
     what is no language model of the family, and for files that do not belong together."""
     if place.is_file():
         config_path, (hf, state, spec, settings) = place, gguf_file.read(place)
@@ -77,10 +77,10 @@ def add_row(config, state, i):
     is no such row, the tables grow to the next multiple of 64 rows, which GPUs multiply fastest."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in state and state[name].dim() == 2:
-            table = state[name]
+            table = state[name].float()
             mean = table[:i].mean(0)
             if i < len(table):
-                table[i] = mean
+                table[i], state[name] = mean, table
             else:
                 state[name] = torch.cat([table, mean.expand(-len(table) % 64 or 64, -1)])
             config.vocab_size = len(state[name])

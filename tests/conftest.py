@@ -4,13 +4,12 @@ A script runs in a process of its own, as from the command line. The process is 
 imported torch already, which takes a tenth of a second; starting Python anew takes three.
 """
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
 import random
 import runpy
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.comparisons import load_comparisons, parse
@@ -125,27 +125,26 @@ def run_ranks(name, *flags, n=2, before=None):
     return done[0].stdout
 
 
-# Each process of tests tries ports of its own. What the system calls free it may give to two that ask at once.
-PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
-
-
-def free_port():
-    for port in PORTS:
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass  # it is taken
-
-
 def start_ranks(name, *flags, before):
-    """Start a process for each of `before`, which is as for Running: together they train. Returns them."""
-    port = str(free_port())
-    n = str(len(before))
-    return [Running(name, *flags, before=its_before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n,
-                    LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank, its_before in enumerate(before)]
+    """Start a process for each of `before`, which is as for Running: together they train. Returns them. The
+    store through which they find each other is ours, as it is torchrun's, and outlives them."""
+    store, n = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), str(len(before))
+    ranks = [Running(name, *flags, before=its_before, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n,
+                     LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                     TORCHELASTIC_USE_AGENT_STORE="True")
+             for rank, its_before in enumerate(before)]
+    ranks[0].store = store
+    return ranks
+
+
+def stop_in_one_line(name, *flags, before, exit_code=2, seconds=60):
+    """Start ranks as `start_ranks` does. Those that are not killed must end with this exit code, and one of
+    them with a line on stderr, the others with none. Returns the line."""
+    done = [rank.result(seconds) for rank in start_ranks(name, *flags, before=before)]
+    assert {d.returncode for d in done} <= {exit_code, -signal.SIGKILL}, done
+    lines = "".join(d.stderr for d in done)
+    assert lines.count("\n") == 1, lines
+    return lines
 
 
 def evaluate(benchmark, *flags):

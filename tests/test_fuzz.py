@@ -43,6 +43,7 @@ from data.sources.count import Count
 from data.text import load_text
 from data.tokenizer import get_tokenizer
 from evals import choices, code, correctness, elo, human_vs_model, toxicity
+from formats import train_state
 
 # ------------------------------------------------------------------------------------------------------------
 # Mutations
@@ -218,7 +219,7 @@ def read_template(folder):
 
 def read_run(folder):
     read_checkpoint(folder)
-    checkpoint.load_train_state(folder)
+    train_state.read(checkpoint.find(folder))
 
 
 TEMPLATE = (b"{{ bos_token }}{% for m in messages %}{% if loop.first and m.role != 'system' %}Be good.{% endif %}"

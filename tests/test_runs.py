@@ -20,6 +20,7 @@ import checkpoint
 import trainer
 from data.errors import InputError
 from data.packing import step_examples
+from formats import train_state
 from model import GPT
 
 FLAGS = ("--steps", 12, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003,
@@ -261,7 +262,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_last_good_checkpoint(lm, tmp
             assert "no checkpoint in this folder" in str(error)
             steps.append(0)
         else:
-            step = checkpoint.load_train_state(left)["step"]
+            step = train_state.read(checkpoint.find(left))["step"]
             assert meta["step"] == model.model.norm.weight[0] == step
             steps.append(step)
     assert steps == sorted(steps) and set(steps) == {0, 1, 2} and len(steps) > 40
