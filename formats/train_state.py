@@ -111,9 +111,13 @@ class ShardReader(dcp.FileSystemReader):
 def _read_shards(folder, tensors):
     """Fill {name: tensor}, of sharded ones this rank's part, with what DCP wrote of them."""
     try:
+        reader = ShardReader(folder)
+    except Exception as error:  # damage to a pickle leads to any
+        raise InputError(f"{folder}/.metadata: damaged, so this run cannot go on ({_reason(error)})") from None
+    try:
         with warnings.catch_warnings(action="ignore"):  # torch warns where there is only one process
-            dcp.load(tensors, storage_reader=ShardReader(folder))
-    except (Exception, dcp.CheckpointException) as error:  # whatever damage to a pickle leads to
+            dcp.load(tensors, storage_reader=reader)
+    except dcp.CheckpointException as error:  # any other is that of a rank that has ended
         raise InputError(f"{folder}: the optimizer's state (.metadata and *.distcp) is incomplete, damaged or "
                          f"of other weights, so this run cannot go on ({_reason(error)})") from None
 
