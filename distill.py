@@ -127,6 +127,11 @@ def main():
             total, _ = top_kl(model, hidden, row.ids, row.log_p)
         return total, len(row.tokens), {}
 
+    def student_loss(model, row):
+        """For the plan: as much as `loss` takes without the teacher's part, which comes to it with --online."""
+        hidden = model(row.tokens, row.layout)
+        return full_kl(model, hidden, model, hidden.detach())
+
     def evaluate(model):
         total, n_tokens = 0.0, 0
         rows = pack([len(sequences[i]) for i in held_out], micro_tokens)
@@ -149,7 +154,8 @@ def main():
         f"{args.batch} sequences, about {args.batch * n_tokens / len(sequences):,.0f} tokens; an epoch: "
         f"{steps_per_epoch:,} steps",
         f"teacher: {teacher_folder} behind {prompt_name}, {prefix.prefix_tokens} tokens; held-out KL at "
-        f"the start: {kl_before:.4f} nats a token"])
+        f"the start: {kl_before:.4f} nats a token"],
+        student_loss if args.online else loss, micro_batches(0, rank=0))
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit="tokens", resumed_from=resumed[2] if resumed else None,

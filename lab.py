@@ -24,11 +24,11 @@ import torch
 from tqdm import tqdm
 
 import plan
-from claims import preferences, pretraining, prompting
+from claims import paper, preferences, pretraining, prompting
 from claims.figures import picture
 from claims.report import summary, write_report
 from claims.runs import ROOT, Run, cores, execute, needed
-from claims.scales import BINARY, RANKED, Gpu, Own, Small, Toy, paper_plan
+from claims.scales import BINARY, RANKED, Gpu, Own, Small, Toy
 from data.errors import InputError, Parser, run_main
 from data.files import write_file
 from model import SIZES
@@ -67,7 +67,7 @@ def parse_args():
     add("scale", choices=SCALES,
         help="toy: the embedded world, 0.1M and 0.8M parameters, a CPU; small: published sets, 0.8M and 5M, "
         "hours on a CPU; own: comparisons of your own and a model to start from; gpu: published sets, 13M to "
-        "810M, a GPU; paper: print the commands for 13M to 52B with GPUs, memory and hours, and run nothing")
+        "810M, a GPU; paper: print the commands for 13M to 52B with GPUs, memory and days, and run nothing")
     add("claims", nargs="*", metavar="CLAIM",
         help="claims to test, or core for the first five (default: all)")
     add("--out", default="out/lab", help="folder of runs and reports (default: %(default)s)")
@@ -113,7 +113,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.scale == "paper":
-        return paper_plan()
+        return paper.print_plan()
     lab = SCALES[args.scale](args)
     claims, runs, results = {name: CLAIMS[name](lab) for name in args.claims}, {}, {}
     for name, claim in claims.items():

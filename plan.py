@@ -1,6 +1,7 @@
 """What every training run shares before its first step: flags, default rates, memory, and the printed plan.
 """
 import argparse
+import datetime
 import math
 import os
 
@@ -9,6 +10,7 @@ import torch
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
 from ranks import device_memory, part_of
+from simulation import PARTS, simulate
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -123,6 +125,9 @@ def stage_rate(model, lm_lr, paper_scale):
 
 STATE_BYTES = 16  # a parameter: weight, gradient and AdamW's two averages, in fp32
 CAST_BYTES = 2  # a parameter: its copy in bf16
+CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
+GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
+UTILISATION = 0.4  # the part of the peak that training is assumed to reach
 
 
 def state_bytes(model, shard=1):
@@ -135,7 +140,8 @@ def state_bytes(model, shard=1):
 
 
 def token_bytes(config, device, recompute=False):
-    """Activations that are kept for the backward pass, in bytes a token and in bf16.
+    """Activations that are kept for the backward pass, in bytes a token and in bf16: roughly, for a default that
+    must be known before there is a batch to simulate.
 
     A block keeps about 14 vectors of d_model numbers and 4 of d_ff, and on CPUs two times the attention
     weights of a token, over about 512 keys at most. With --recompute all but one keep their input alone.
@@ -191,12 +197,22 @@ def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
     return model
 
 
-def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
-    """Say what is about to happen: flags, model, data (`lines`), steps, memory, and where the output goes."""
+def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batches):
+    """Say what is about to happen: flags, model, data (`lines`), steps, memory, time, and where the output goes.
+
+    loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU. The one
+    with most tokens is simulated."""
+    sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
+    most = max(sizes)
+    holds_gradients = len(batches) > 1 or (ranks.world > 1 and args.shard == 1)
+    step = simulate(model, loss, batches[sizes.index(most)], args.recompute, ranks.device.type != "cpu",
+                    args.shard, holds_gradients)
+    if not ranks.main():
+        return
+    gib, speed = {part: step[part] / 2**30 for part in PARTS if step[part]}, rank_flops(ranks.device)
+    seconds = datetime.timedelta(seconds=round(step["flop"] / most * sum(sizes) * n_steps / speed))
     blocks, total = model.n_params()
     config = model.config
-    state = state_bytes(model, args.shard) + CAST_BYTES * blocks / (config.n_layer if args.shard > 1 else 1)
-    activations = micro_tokens * token_bytes(config, ranks.device, args.recompute)
     sharded = f", each model on {args.shard} of them" if args.shard > 1 else ""
     flags = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     if flags.get("init"):  # the checkpoint brings these
@@ -208,6 +224,14 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines):
               f"blocks, {total / 1e6:.2f}M in all\n{data}\nrun: {n_steps:,} steps, peak learning rate "
               f"{lr:.3g}, on {ranks.world} x {ranks.device.type}{sharded}, in "
               f"{str(model.dtype).removeprefix('torch.')}, attention by "
-              f"{model.attention_backend(ranks.device)}, micro-batches of {micro_tokens:,} tokens, about "
-              f"{(state + activations) / 2**30:.1f} GiB a rank: {state / 2**30:.1f} of weights, gradients and "
-              f"optimizer, {activations / 2**30:.1f} of activations\noutput: {args.out}")
+              f"{model.attention_backend(ranks.device)}, micro-batches of {micro_tokens:,} tokens\n"
+              f"memory: about {sum(gib.values()):.3g} GiB a rank for {most:,} tokens, besides Python, torch and "
+              f"the data; simulated: {', '.join(f'{part} {size:.3g}' for part, size in gib.items())}\n"
+              f"time: {step['flop'] / most / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank "
+              f"(assumption) {ranks.world * speed * most / step['flop']:,.0f} tokens/s and {seconds} in all\n"
+              f"output: {args.out}")
+
+
+def rank_flops(device):
+    """Floating-point operations a second that training is assumed to reach on a rank's device, in bf16."""
+    return UTILISATION * GPU_FLOPS if device.type == "cuda" else CORE_FLOPS * torch.get_num_threads()

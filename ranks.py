@@ -144,13 +144,17 @@ class Parallel:
         return loss_sum.detach(), count, metrics
 
 
-def shard_model(model, ranks, shard):
+def shard_mesh(ranks, shard):
+    """The ranks in groups of `shard` that share a model. If there are several, they are copies of each other."""
+    kind, n_copies = ranks.device.type, ranks.world // shard
+    shape, names = ((n_copies, shard), ("replicate", "shard")) if n_copies > 1 else ((shard,), ("shard",))
+    return init_device_mesh(kind, shape, mesh_dim_names=names)
+
+
+def shard_model(model, mesh):
     """Give each rank its part of every tensor of the model. The matrices of a block are gathered together, in
     the precision in which they are applied. Norms are applied in fp32: those of all blocks are gathered
     together, and so is all else, for a whole forward and backward pass."""
-    kind, n_copies = ranks.device.type, ranks.world // shard
-    shape, names = ((n_copies, shard), ("replicate", "shard")) if n_copies > 1 else ((shard,), ("shard",))
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     in_fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     in_its_dtype = MixedPrecisionPolicy(model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
@@ -170,7 +174,7 @@ def place(model, ranks, shard):
     if not is_empty:
         model.to(ranks.device)
     if shard > 1:
-        shard_model(model, ranks, shard)
+        shard_model(model, shard_mesh(ranks, shard))
     if is_empty:
         fill(model, ranks.device)
 

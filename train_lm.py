@@ -105,7 +105,8 @@ def main():
 
     plan.print_plan(args, ranks, model, n_steps, lr, micro_batch * ctx, [
         f"data: {len(text.tokens):,} training tokens, {len(held_out.tokens):,} held out, of which an evaluation "
-        f"reads at most {eval_tokens:,}; a step: {batch} x {ctx} tokens; an epoch: {steps_per_epoch:,} steps"])
+        f"reads at most {eval_tokens:,}; a step: {batch} x {ctx} tokens; an epoch: {steps_per_epoch:,} steps"],
+        loss, micro_batches(0, rank=0))
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit="tokens", resumed_from=meta if resumed else None,

@@ -156,17 +156,19 @@ def main():
         return ", ".join(data.where(i) for i in row.examples)
 
     mean_length, longest, longest_kept, longest_length = selection.measure_rows(args, data, train, row_format)
+    largest = training_row([longest], [longest_kept]) if longest_length > micro_tokens else None
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "
         f"of them scored at every evaluation; a step: {batch} comparisons, about {batch * mean_length:,.0f} "
         f"tokens; an epoch: {steps_per_epoch:,} steps",
         f"longest comparison: {longest_length:,} tokens, {data.where(longest)}; a comparison cannot be "
-        "split, so it has to fit in memory (--max_completions makes it shorter)"])
+        "split, so it has to fit in memory (--max_completions makes it shorter)"],
+        loss, micro_batches(0, rank=0) + ([largest] if largest else []))
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit=unit, metric_names=metric_names,
         resumed_from=earlier_meta if resumed else None,
-        largest=training_row([longest], [longest_kept]) if longest_length > micro_tokens else None,
+        largest=largest,
         meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
               "eoc": not args.no_eoc, "binarised": args.binarise, "data": content_key(files),
               "trained_on": trainer.trained_on(earlier_meta, files, args.held_out)})

@@ -4,7 +4,6 @@
   small   published sets under --data, on a CPU in hours: 0.8M and 5M parameters, or a given model (--lm)
   own     comparisons of one's own and a model to start from: the claims of Section 3, and pre-training
   gpu     the published sets whole, 13M to 810M parameters, on a GPU
-  paper   what the paper's own sizes would take: prints commands, GPUs and hours, and runs nothing
 
 All arms of all claims learn at one rate. For small models it is the paper's for preference-model
 pre-training, a tenth of the language model's: at a hundredth, the paper's rate for finetuning, a few hundred
@@ -35,9 +34,6 @@ from model import GPT, SIZES, Config
 # The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
 # parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for both objectives (results/LOG.md).
 SMALL_RATE, GIVEN_RATE = 0.1, 0.03
-CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
-GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
-UTILISATION = 0.4  # the part of the peak that training is assumed to reach
 NEVER = 10**6  # --eval_every: no evaluation before the end
 
 
@@ -61,7 +57,7 @@ class Scale:
 
     An object stands for one model size and one seed; arm and by_size ask for a run at all of them.
     """
-    flops, vocabulary, tokens = CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
+    flops, vocabulary, tokens = plan.CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
     world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
     much = ()  # the flags of other trainings on a set
@@ -402,7 +398,7 @@ class Gpu(Small):
     """The same sets, whole, on a GPU, and the text under --data once. Larger files may take their places:
     FILES has the names."""
     name, default_sizes = "gpu", ("13m", "42m", "197m", "810m")
-    vocabulary, tokens, flops = 50_000, 300, GPU_FLOPS * UTILISATION / 2
+    vocabulary, tokens, flops = 50_000, 300, plan.GPU_FLOPS * plan.UTILISATION / 2
     comparisons, tested, much, pmp = 20_000, 2000, (), ("--batch", 512, "--binarise")
     sources, model_written = {name: None for name in Small.sources}, (20_000, 15_000)  # all of each
     learn = ("--tokenizer", "bpe:50000", "--ctx", 2048, "--batch", 2**18, "--compile")
@@ -412,50 +408,3 @@ class Gpu(Small):
     def lm_tokens(self):
         """About as many as DIR/text has bytes: it is packed to a quarter, and a token is four bytes."""
         return sum(path.stat().st_size for path in self.data("lm").rglob("*") if path.is_file())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The paper's own sizes
-
-STAGES = (  # tokens: 400B; 350M; 8.3M pairs of 500 tokens; 40,000 pairs of 300
-    ("language model", 400e9, "train_lm.py --data texts/ --tokenizer bpe:65536 --size {size} --ctx 8192 "
-     "--batch 1048576 --out out/{size}/lm"),
-    ("distillation", 350e6, "distill.py --init out/{size}/lm --prompt hhh --data texts/ --dialogue "
-     "stackexchange.jsonl --sequences 170000 --out out/{size}/distilled"),
-    ("PMP on the Mix", 8.3e6 * 500, "train_pm.py --init out/{size}/lm --stage pmp --binarise --data "
-     "stackexchange.jsonl reddit.jsonl wikipedia.jsonl --out out/{size}/pmp"),
-    ("finetuning", 4e4 * 300, "train_pm.py --init out/{size}/pmp --stage finetune --data hh/ "
-     "--out out/{size}/pm"))
-
-
-def paper_plan():
-    """Print what each stage of the paper would take at its seven sizes; run nothing."""
-    print(f"""\
-Assumed: GPUs of {GPU_BYTES / 1e9:.0f} GB and {GPU_FLOPS / 1e12:.0f} TFLOP/s in bf16, {UTILISATION:.0%} of \
-that reached; 6 FLOPs a parameter and token;
-micro-batches of one context of 8,192 tokens. Memory is by plan.py's formula, and none of this was run on GPUs.
-With --init each rank first reads the whole model into its machine's memory, 4 bytes a parameter; and rank 0
-gathers all that it saves there, 12 bytes a parameter.
-""")
-    for size in ("13m", "42m", "197m", "810m", "2.7b", "13b", "52b"):
-        n_gpus, shard, recompute, state, activations = smallest_machine(size)
-        print(f"{size}: {parameters(size, 65536) / 1e9:.3f}B parameters with embeddings; on a GPU "
-              f"{state / 1e9:.1f} GB of weights, gradients and optimizer, {activations / 1e9:.1f} GB of activations")
-        flags = f" --shard {shard}" * (shard > 1) + " --recompute" * recompute
-        for name, tokens, command in STAGES:
-            hours = 6 * parameters(size, 65536) * tokens / (n_gpus * GPU_FLOPS * UTILISATION) / 3600
-            print(f"  {name:<16}{tokens / 1e6:>10,.0f}M tokens {hours:>12,.1f} h on {n_gpus} GPUs   torchrun "
-                  f"--nnodes {n_gpus // 8} --nproc_per_node 8 {command.format(size=size)}{flags}")
-
-
-def smallest_machine(size):
-    """(GPUs, --shard, --recompute, bytes of state and of activations on each) of the fewest groups of eight
-    GPUs that can train this size at a context of 8,192, with a tenth of their memory free."""
-    gpu, ctx = torch.device("cuda"), 8192
-    with torch.device("meta"):
-        model = GPT(Config(*SIZES[size], 65536, ctx, value_head=True))
-    for shard, recompute in itertools.product([1, *(8 * 2**i for i in range(8))], (False, True)):
-        state = plan.state_bytes(model, shard)
-        activations = ctx * plan.token_bytes(model.config, gpu, recompute)
-        if state + activations < 0.9 * GPU_BYTES:
-            return max(8, shard), shard, recompute, state, activations
