@@ -10,7 +10,7 @@ import torch
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
 from ranks import device_memory, part_of
-from simulation import PARTS, simulate
+from simulation import PARTS, memory, simulate
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -204,12 +204,12 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
     with most tokens is simulated."""
     sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
     most = max(sizes)
-    holds_gradients = len(batches) > 1 or (ranks.world > 1 and args.shard == 1)
     step = simulate(model, loss, batches[sizes.index(most)], args.recompute, ranks.device.type != "cpu",
-                    args.shard, holds_gradients)
+                    args.shard, holds_gradients=len(batches) > 1, buckets=ranks.world > 1 and args.shard == 1)
     if not ranks.main():
         return
-    gib, speed = {part: step[part] / 2**30 for part in PARTS if step[part]}, rank_flops(ranks.device)
+    parts = ", ".join(f"{part} {step[part] / 2**30:.3g}" for part in PARTS if step[part])
+    speed = rank_flops(ranks.device)
     seconds = datetime.timedelta(seconds=round(step["flop"] / most * sum(sizes) * n_steps / speed))
     blocks, total = model.n_params()
     config = model.config
@@ -225,8 +225,8 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
               f"{lr:.3g}, on {ranks.world} x {ranks.device.type}{sharded}, in "
               f"{str(model.dtype).removeprefix('torch.')}, attention by "
               f"{model.attention_backend(ranks.device)}, micro-batches of {micro_tokens:,} tokens\n"
-              f"memory: about {sum(gib.values()):.3g} GiB a rank for {most:,} tokens, besides Python, torch and "
-              f"the data; simulated: {', '.join(f'{part} {size:.3g}' for part, size in gib.items())}\n"
+              f"memory: about {memory(step) / 2**30:.3g} GiB a rank for {most:,} tokens, besides Python, torch "
+              f"and the data; simulated: {parts}\n"
               f"time: {step['flop'] / most / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank "
               f"(assumption) {ranks.world * speed * most / step['flop']:,.0f} tokens/s and {seconds} in all\n"
               f"output: {args.out}")

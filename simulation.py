@@ -26,13 +26,14 @@ from ranks import shard_model
 PARTS = "weights", "gradients", "optimizer", "activations", "logits", "communication"
 
 
-def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_gradients=True):
+def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_gradients=True, buckets=False):
     """What a micro-batch takes on each of `shard` ranks: a Counter of the bytes of each of PARTS, at the moment
     when their sum is largest, of "flop", and of the bytes that are "gathered" and "reduced".
 
     model: its tensors are only asked for their shapes. loss(model, batch): as in trainer.py. on_gpu: with the
     attention and the chunks of logits of a GPU. holds_gradients: those of an earlier micro-batch are there.
-    Where several ranks run, all of them have to ask together; those from `shard` on get an empty answer.
+    buckets: DistributedDataParallel's are there, in which it sends the gradients once more. Where several
+    ranks run, all of them have to ask together; those from `shard` on get an empty answer.
 
     All blocks are alike. So at most four layers are simulated, and each further one adds what the last one did.
     """
@@ -42,7 +43,8 @@ def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_g
             return Counter()
 
         def layers(n):
-            return one_step(model, n, loss, copy.deepcopy(batch), recompute, on_gpu, mesh, holds_gradients)
+            return one_step(model, n, loss, copy.deepcopy(batch), recompute, on_gpu, mesh, holds_gradients,
+                            buckets)
         if n_layer <= 4:
             return layers(n_layer)
         n = 3 if shard == 1 else 4  # FSDP gathers a block ahead of its turn, which takes three to be seen
@@ -50,7 +52,12 @@ def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_g
     return Counter({key: more[key] + (n_layer - n) * (more[key] - few[key]) for key in more})
 
 
-def one_step(model, n_layer, loss, batch, recompute, on_gpu, mesh, holds_gradients):
+def memory(step):
+    """Bytes of all PARTS of a simulated step together."""
+    return sum(step[part] for part in PARTS)
+
+
+def one_step(model, n_layer, loss, batch, recompute, on_gpu, mesh, holds_gradients, buckets):
     """`simulate` with n_layer layers. The optimizer's state is there; its update needs no memory besides."""
     with torch.device("meta"):
         small = GPT(dataclasses.replace(model.config, n_layer=n_layer))
@@ -63,17 +70,17 @@ def one_step(model, n_layer, loss, batch, recompute, on_gpu, mesh, holds_gradien
     device = as_on_gpu(small, meter) if on_gpu else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         small.to_empty(device="cpu")
-        averages = []  # AdamW's
-        for p in small.parameters():
-            meter.hold("weights", p)
-            if p.requires_grad:
-                averages += [torch.empty_like(p), torch.empty_like(p)]
-                if holds_gradients:
-                    p.grad = torch.empty_like(p)
-                    meter.hold("gradients", p.grad)
-                p.register_post_accumulate_grad_hook(lambda p: meter.hold("gradients", p.grad))
-        for average in averages:
-            meter.hold("optimizer", average)
+        trained = [p for p in small.parameters() if p.requires_grad]
+        held = [("weights", p) for p in small.parameters()]
+        for part in ("optimizer", "optimizer", *["communication"] * buckets):  # AdamW has two averages
+            held += [(part, torch.empty_like(p)) for p in trained]
+        for p in trained:
+            if holds_gradients:
+                p.grad = torch.empty_like(p)
+                held.append(("gradients", p.grad))
+            p.register_post_accumulate_grad_hook(lambda p: meter.hold("gradients", p.grad))
+        for part, tensor in held:
+            meter.hold(part, tensor)
         with meter:
             loss(small, batch)[0].backward()
     return meter.peak + meter.work
@@ -117,14 +124,12 @@ class Meter(TorchDispatchMode):
         if "_reduce_scatter_base_" in str(operation):
             self.work["reduced"] += arguments[1].nbytes
         for tensor in tree_leaves((arguments, named)):
-            if isinstance(tensor, torch.Tensor) and self.part(tensor) != "weights":
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and self.storages.get(storage._cdata, ("",))[0] != "weights":
                 self.hold("communication", tensor)
-                self.buffers[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+                self.buffers[storage._cdata] = storage
         if "_reduce_scatter_base_" in str(operation):
             self.hold("gradients", arguments[0])
-
-    def part(self, tensor):
-        return self.storages.get(tensor.untyped_storage()._cdata, (None,))[0]
 
     def hold(self, part, tensor, is_new=False):
         """Count a tensor's storage as this part, from now on; if is_new, only if it is not counted yet."""

@@ -9,7 +9,7 @@ import torch
 
 import plan
 from model import GPT, SIZES, Config
-from simulation import PARTS, simulate
+from simulation import PARTS, memory, simulate
 from train_lm import window_loss
 
 PAPER = "13m", "42m", "197m", "810m", "2.7b", "13b", "52b"
@@ -37,21 +37,19 @@ Counted in a simulated step (simulation.py), with flash attention and rows of {C
 on GPUs. Layers are extrapolated from the first four, and a token is taken to cost the same in all stages.
 Assumed: GPUs of {plan.GPU_BYTES / 1e9:.0f} GB, of which tensors may take {ROOM / 1e9:.0f}; \
 {speed / 1e12:.0f} TFLOP/s, {plan.UTILISATION:.0%} of an H100's peak, recomputed operations counted.
-With --init each rank first reads the whole model into its machine's memory, 4 bytes a parameter; and rank 0
-gathers all that it saves there, 12 bytes a parameter.
 With Slurm: COMMAND='train_lm.py …' sbatch --nodes 1 --gpus-per-node 8 docs/slurm.sbatch
 """)
     table = []
     for size in PAPER:
-        model = meta_model(size)
-        n_params = model.n_params()[1]
+        with torch.device("meta"):
+            model = GPT(Config(*SIZES[size], VOCABULARY, CTX))
+        model.dtype = torch.bfloat16
         n_gpus, recompute, step, misfits = smallest_machine(model)
-        n_windows = micro_batch(model, n_gpus, recompute, step)
         flags = f" --shard {n_gpus}" * (n_gpus > 1) + " --recompute" * recompute
-        flags += f" --micro_tokens {n_windows * CTX}"
-        each = step["flop"] / CTX
+        flags += f" --micro_tokens {CTX * micro_batch(model, n_gpus, recompute, step)}"
+        each, n_params = step["flop"] / CTX, model.n_params()[1]
         parts = ", ".join(f"{part} {step[part] / 1e9:.1f}" for part in PARTS if step[part])
-        print(f"{size}: {n_params / 1e9:.3f}B parameters with embeddings, on {count(n_gpus)}:{flags}\n"
+        print(f"{size}: {n_params / 1e9:.3f}B parameters with embeddings, on {n_gpus} x GPU:{flags}\n"
               f"  GB a GPU for {CTX:,} tokens: {parts}; {memory(step) / 1e9:.1f} in all\n"
               f"  does not fit: {'; '.join(misfits) or '-'}\n"
               f"  {each / 1e9:.3g} GFLOP a token, {speed / each:,.0f} tokens/s a GPU")
@@ -73,26 +71,10 @@ gradients. FSDP: all GPUs share one model.
     print("\n".join(table))
 
 
-def meta_model(size):
-    """A language model of the paper's shape, without memory, in bf16."""
-    with torch.device("meta"):
-        model = GPT(Config(*SIZES[size], VOCABULARY, CTX))
-    model.dtype = torch.bfloat16
-    return model
-
-
 def simulated(model, shard, recompute, n_windows=1):
     """A micro-batch of so many windows of CTX tokens on `shard` GPUs that share the model."""
     batch = torch.zeros(n_windows, CTX + 1, dtype=torch.long)
     return simulate(model, lambda model, batch: [window_loss(model, batch)], batch, recompute, True, shard)
-
-
-def memory(step):
-    return sum(step[part] for part in PARTS)
-
-
-def count(n_gpus):
-    return f"{n_gpus} GPU{'s' * (n_gpus > 1)}"
 
 
 def smallest_machine(model):
@@ -105,12 +87,12 @@ def smallest_machine(model):
         step = simulated(model, n_gpus, recompute)
         if memory(step) < ROOM:
             return n_gpus, recompute, step, misfits
-        misfits.append(f"{count(n_gpus)}{' --recompute' * recompute} ({memory(step) / 1e9:.0f} GB)")
+        misfits.append(f"{n_gpus} x GPU{' --recompute' * recompute} ({memory(step) / 1e9:.0f} GB)")
 
 
 def micro_batch(model, n_gpus, recompute, step):
     """Windows in a micro-batch: as many as fit, but at most a GPU's part of a step, and 65,536 tokens."""
-    each = memory(simulated(model, n_gpus, recompute, n_windows=2)) - memory(step)
+    each = memory(simulated(model, n_gpus, recompute, 2)) - memory(step)
     return int(min(1 + (ROOM - memory(step)) // each, STEP // n_gpus // CTX, 65536 // CTX))
 
 

@@ -62,7 +62,7 @@ def compared(size, ctx, micro_tokens, n_ranks=1, shard=1, recompute=False, env=R
 
 
 def main():
-    for size, ctx, micro_tokens in (("0.8m", 256, 8192), ("13m", 1024, 4096), ("42m", 1024, 4096)):
+    for size, ctx, micro_tokens in (("0.8m", 256, 8192), ("13m", 1024, 4096), ("42m", 1024, 2048)):
         for n_ranks, shard in ((1, 1), (2, 1), (2, 2)):
             for recompute in (False, True):
                 setting = {"size": size, "ctx": ctx, "micro_tokens": micro_tokens, "n_ranks": n_ranks,

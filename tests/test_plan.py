@@ -46,12 +46,12 @@ def test_the_plan_says_what_a_run_takes(size, ctx, micro_tokens, recompute):
 @pytest.mark.parametrize("shard, recompute, on_gpu",
                          [(1, False, False), (1, True, True), (2, False, True), (4, True, False)])
 def test_further_layers_add_what_the_last_one_did(shard, recompute, on_gpu):
-    model, batch = meta_model(n_layer=7), zeros(2, 128)
+    model, batch = meta_model(n_layer=7), zeros(2, 64)
     if shard == 1:
-        whole = one_step(model, 7, causal_loss, batch, recompute, on_gpu, None, True)
+        whole = one_step(model, 7, causal_loss, batch, recompute, on_gpu, None, True, False)
     else:
         with fake_ranks(shard) as mesh:
-            whole = one_step(model, 7, causal_loss, batch, recompute, on_gpu, mesh, True)
+            whole = one_step(model, 7, causal_loss, batch, recompute, on_gpu, mesh, True, False)
     extrapolated = simulate(model, causal_loss, batch, recompute, on_gpu, shard)
     assert extrapolated == pytest.approx(whole, rel=0.01)
 
@@ -130,12 +130,12 @@ def test_the_papers_commands_are_accepted(monkeypatch, capsys):
     import distill
     import train_lm
     import train_pm
-    monkeypatch.setattr(paper, "PAPER", ("2.7b", "52b"))
+    monkeypatch.setattr(paper, "PAPER", ("2.7b", "13b"))
     paper.print_plan()
     text = capsys.readouterr().out
-    assert "on 1 GPU: --recompute" in text and "does not fit: 1 GPU (" in text
+    assert "on 1 x GPU: --recompute" in text and "does not fit: 1 x GPU (" in text
     commands = re.findall(r"(train_lm\.py|train_pm\.py|distill\.py) (--.*?)(?:'|$)", text, re.M)
-    assert len(commands) == 7  # the teacher of 52B does not fit beside the student
+    assert len(commands) == 7  # the teacher of 13B does not fit beside the student
     scripts = {"train_lm.py": train_lm, "train_pm.py": train_pm, "distill.py": distill}
     for script, flags in commands:
         monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
