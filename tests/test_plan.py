@@ -69,6 +69,8 @@ def test_state_and_communication_are_what_they_have_to_be(shard):
     assert step["gathered"] == (shard > 1) * (4 * n_matrices + 4 * (n_all - n_matrices))
     assert step["reduced"] == (shard > 1) * 4 * n_all
     assert (step["communication"] > 0) == (shard > 1)
+    deeper = simulate(meta_model(n_layer=8), causal_loss, zeros(4, 256), shard=shard)
+    assert deeper["communication"] <= 1.05 * step["communication"]  # a block's weights are let go of in time
 
 
 def test_operations_are_counted():
