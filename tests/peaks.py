@@ -65,12 +65,12 @@ def main():
     for size, ctx, micro_tokens in (("0.8m", 256, 8192), ("13m", 1024, 4096), ("42m", 1024, 2048)):
         for n_ranks, shard in ((1, 1), (2, 1), (2, 2)):
             for recompute in (False, True):
-                setting = {"size": size, "ctx": ctx, "micro_tokens": micro_tokens, "n_ranks": n_ranks,
-                           "shard": shard, "recompute": recompute}
-                planned, returned = compared(**setting)
-                kept = compared(**setting, env=())[1]
-                print(json.dumps({**setting, "planned_gib": planned, "returned_gib": round(returned, 3),
-                                  "kept_gib": round(kept, 3)}), flush=True)
+                setting = {"ctx": ctx, "micro_tokens": micro_tokens, "n_ranks": n_ranks, "shard": shard,
+                           "recompute": recompute}
+                planned, returned = compared(size, **setting)
+                kept = compared(size, **setting, env=())[1]
+                figures = {"planned_gib": planned, "returned_gib": round(returned, 3), "kept_gib": round(kept, 3)}
+                print(json.dumps({"model": size, **setting, **figures}), flush=True)
 
 
 if __name__ == "__main__":
