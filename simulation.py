@@ -194,6 +194,7 @@ def as_on_gpu(model, meter):
 @contextlib.contextmanager
 def fake_ranks(n):
     """A mesh of n ranks that send nothing. Where real ranks run, the first n of them get it, others None."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401: older versions of torch need it
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes "fake" known to torch
     is_alone = not dist.is_initialized()
     if is_alone:
