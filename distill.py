@@ -13,8 +13,8 @@ the texts are pieces of language-model text set after "Human:", and half are dia
 For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
 over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored.
 What is lost is how the teacher divides the 51st class among its tokens. So the gradient by the student's
-logits differs little from that of the KL over the whole vocabulary: summed over the vocabulary, the absolute
-differences are at most twice the teacher's probability of the 51st class.
+logits differs little from that of the KL over the whole vocabulary: the two differ by at most twice the teacher's
+probability of the 51st class, in the sum of absolute differences (top_kl_of has both gradients).
 """
 import argparse
 import hashlib
@@ -128,7 +128,8 @@ def main():
         return total, len(row.tokens), {}
 
     def student_loss(model, row):
-        """For the plan: as much as `loss` takes without the teacher's part, which comes to it with --online."""
+        """For the plan's simulation, which uses only the first value: the student's part of `loss` with
+        --online, where its own hidden states stand in for the teacher's."""
         hidden = model(row.tokens, row.layout)
         return full_kl(model, hidden, model, hidden.detach())
 
@@ -230,7 +231,8 @@ def text_pieces(text, tokenizer, ctx, seed):
 
 
 def documents(text, tokenizer):
-    """The documents of a Text, as strings. Of the last one the end may be held out."""
+    """The documents of a Text, as strings. The end of the text is held out, so the last one may lack its own
+    end."""
     begin = 0
     for end in [*np.flatnonzero(np.asarray(text.tokens) == tokenizer.eot).tolist(), len(text.tokens)]:
         if end > begin:
@@ -332,8 +334,8 @@ def rest_of(log_p, ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks for their
-# losses and the gradient of these by the logits.
+# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks `row_loss` for
+# their losses and the gradient of these by the logits. It says whether it needs a gradient; here both come at once.
 
 
 def top_kl(model, hidden, ids, log_p):

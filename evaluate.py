@@ -8,6 +8,8 @@
 
 What is evaluated is called the subject (evals/subject.py): a model with its tokenizer and, if one is given,
 its prompt. The prompt is read once, and all that is scored or sampled behind it shares what was read.
+Comparisons whose longest completion does not fit in the context are left out, and contexts that do not fit
+beside it are cut on the left. Both are counted and printed.
 """
 import argparse
 import contextlib
@@ -157,9 +159,10 @@ def preference_accuracy(args):
 
 
 def multiple_choice(args):
-    """How often the right choice has the highest score (Section 2): by mutual information, mean and sum of
-    log-probs, or by reward; on hhh also by category. On truthfulqa this is MC1, the best answer against the
-    incorrect ones, and beside it stands MC2, the share of probability that the correct answers have."""
+    """How often the right choice has the highest score (Section 2): by mutual information, which is
+    log P(answer | question) - log P(answer), by mean and sum of log-probs, or by reward; on hhh also by
+    category. On truthfulqa this is MC1, the best answer against the incorrect ones, and beside it stands MC2,
+    the share of probability that the correct answers have."""
     paths = toy.find_data(args.data, "hhh.jsonl") if args.benchmark == "hhh" else args.data
     return choices.multiple_choice(args.benchmark, paths, load_subject(args))
 
@@ -195,7 +198,8 @@ def sample(args):
     """Draws n continuations of each context, and writes them as comparisons whose scores are 0: for elo,
     re-ranking and people."""
     subject = load_subject(args, checkpoint.load_lm)
-    records, _ = choices.read_items("choice", toy.find_data(args.data, "hhh.jsonl"))  # any comparison file
+    # Any comparison file, of which only the contexts are used; of a toy world the questions of its hhh.jsonl.
+    records, _ = choices.read_items("choice", toy.find_data(args.data, "hhh.jsonl"))
     contexts = list(dict.fromkeys(record["context"] for record in records))[:args.contexts]  # each once
     drawn = samples(subject, contexts, args, unit="context")
     items = [{"context": context, "completions": texts, "scores": [0] * len(texts), "group": context}
@@ -215,7 +219,7 @@ def best_of_k(args):
 
 
 def ratings(args):
-    """Elo ratings of models from A/B games, by maximum likelihood without ties, with bootstrap intervals
+    """Elo ratings of models from A/B games, by maximum likelihood, leaving out ties, with bootstrap intervals
     (Section 2). A preference model that judges makes a game of each context that two players continued: A
     wins with P(A > B) = sigmoid(r_A - r_B), so that one unit of reward is 400 / ln 10 = 174 Elo."""
     if args.games and not args.judge:

@@ -12,8 +12,9 @@ what others have published in this layout: Llama 1 to 3, Mistral, Qwen 2 and 3, 
   packed   tokens (T,), layout    comparisons end to end in one row: [context][completion 1][completion 2]…
   cached   tokens (n, t), cache   n sequences go on by t tokens each, behind what a cache (kv_cache.py) read
 
-`attention` below defines what all three compute. attention.py computes the same faster. losses.py turns
-hidden states into losses of the next tokens without ever holding all of their logits.
+`attention` below defines what all three compute. attention.py computes the same faster, by tiles on CPUs and
+by flash attention on CUDA; the plan that a run prints says which it is. losses.py turns hidden states into
+losses of the next tokens without ever holding all of their logits.
 """
 import functools
 import math
@@ -90,7 +91,8 @@ def plain_attention(q, k, v, layout, only_ends, prefix):
     """`attention` of a layer's q, k, v, with all that a query may see written out as keys and one mask.
 
     With a layout: of a packed row. Without: of sequences whose last tokens are the queries. prefix: pairs of
-    keys and values (P, G, D), in reading order, which every query sees besides its own sequence.
+    keys and values (P, G, D) of what was read before, in that order, such as a prompt and then a question.
+    Every query sees them besides its own sequence.
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
@@ -201,7 +203,8 @@ class GPT(nn.Module):
     """The transformer. `dtype` is the precision of matrix products; weights, residual stream and losses are
     fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching. With
     `recompute` set, of each block only the input is kept for the backward pass, which computes the rest anew.
-    Where its tensors have no memory yet, source(name, parameter) is what this rank is to hold of one.
+    A model that several ranks are to share is made on torch's device "meta", without memory for its weights;
+    `source` is then the function source(name, parameter) that gives a rank its part of them (ranks.py).
     """
 
     def __init__(self, config):
@@ -257,7 +260,7 @@ class GPT(nn.Module):
 
         only_ends, for packed rows: return (K, d_model), the states at the completions' last tokens. A reward
         needs no others, and most of the last layer is then never computed. Raises ValueError for a packed row
-        with a cache that has tokens of its own.
+        with a cache to which tokens were appended: its sequences go on, and are no prefix of this row yet.
         """
         if layout is not None and cache is not None and cache.length:
             raise ValueError("a packed row can be read behind a prefix only: give cache.as_prefix()")

@@ -204,13 +204,15 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
     with most tokens is simulated."""
     sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
     most = max(sizes)
-    step = simulate(model, loss, batches[sizes.index(most)], args.recompute, ranks.device.type != "cpu",
-                    args.shard, holds_gradients=len(batches) > 1, buckets=ranks.world > 1 and args.shard == 1)
+    try:
+        step = simulate(model, loss, batches[sizes.index(most)], args.recompute, ranks.device.type != "cpu",
+                        args.shard, holds_gradients=len(batches) > 1,
+                        buckets=ranks.world > 1 and args.shard == 1)
+        estimate = estimated(step, most, sum(sizes) * n_steps, ranks) if ranks.main() else ""
+    except RuntimeError as error:  # a loss of your own may do what cannot be simulated: that is no reason to stop
+        estimate = f"memory, time: not known, as a step cannot be simulated ({type(error).__name__})"
     if not ranks.main():
         return
-    parts = ", ".join(f"{part} {step[part] / 2**30:.3g}" for part in PARTS if step[part])
-    speed = rank_flops(ranks.device)
-    seconds = datetime.timedelta(seconds=round(step["flop"] / most * sum(sizes) * n_steps / speed))
     blocks, total = model.n_params()
     config = model.config
     sharded = f", each model on {args.shard} of them" if args.shard > 1 else ""
@@ -225,11 +227,19 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
               f"{lr:.3g}, on {ranks.world} x {ranks.device.type}{sharded}, in "
               f"{str(model.dtype).removeprefix('torch.')}, attention by "
               f"{model.attention_backend(ranks.device)}, micro-batches of {micro_tokens:,} tokens\n"
-              f"memory: about {memory(step) / 2**30:.3g} GiB a rank for {most:,} tokens, besides Python, torch "
-              f"and the data; simulated: {parts}\n"
-              f"time: {step['flop'] / most / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank "
-              f"(assumption) {ranks.world * speed * most / step['flop']:,.0f} tokens/s and {seconds} in all\n"
+              f"{estimate}\n"
               f"output: {args.out}")
+
+
+def estimated(step, most, tokens, ranks):
+    """A simulated step of `most` tokens, and all steps, in words. tokens: those of a rank in the whole run."""
+    parts = ", ".join(f"{part} {step[part] / 2**30:.3g}" for part in PARTS if step[part])
+    speed = rank_flops(ranks.device)
+    seconds = datetime.timedelta(seconds=round(step["flop"] / most * tokens / speed))
+    return (f"memory: about {memory(step) / 2**30:.3g} GiB a rank for {most:,} tokens, besides Python, torch "
+            f"and the data; simulated: {parts}\n"
+            f"time: {step['flop'] / most / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank "
+            f"(assumption) {ranks.world * speed * most / step['flop']:,.0f} tokens/s and {seconds} in all")
 
 
 def rank_flops(device):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv, install what is needed, run all tests.
-# Arguments go to pytest: ./test.sh tests/test_model.py -k cache. With --gpu it also runs what needs a GPU.
+# Arguments go to pytest: ./test.sh tests/test_model.py -k cache. With --gpu it also runs what needs a GPU, with --slow
+# also the tests of many seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}

@@ -73,7 +73,7 @@ def main():
                          "--held_out")
 
     @functools.lru_cache(maxsize=2)  # of this step's epoch and of the next step's, which is made meanwhile
-    def epoch_windows(epoch):
+    def epoch_windows(epoch):  # where its windows begin, shuffled; equally many in each epoch
         return lm_windows(text, ctx, args.seed, epoch)
 
     batch = args.batch // ctx  # windows in a step, over all ranks; an epoch's last step may have fewer

@@ -103,7 +103,7 @@ def main():
     wants_head = args.objective != "imitation"
     resumed = trainer.resumed(args, ranks, "pm" if wants_head else "lm", files)
     model, tokenizer, earlier_meta = resumed or build_model(args, ranks, wants_head)
-    plan.fit_shard(args, ranks, model)
+    plan.fit_shard(args, ranks, model)  # turns --shard auto into a number, and refuses what cannot fit
     if args.chat:
         tokenizer.use_chat()
     model.dtype = pick_dtype(args.dtype, ranks.device)
@@ -143,7 +143,8 @@ def main():
         examples = train[numbers]
         kept = [selection.completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
         lengths = packed_lengths(data, examples, row_format, kept)
-        rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)  # of numbers in `examples` and `kept`
+        # Rows of numbers in `examples` and `kept`. A rank may have fewer rows than another: trainer.py sees to it.
+        rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)
         return [training_row(examples[row], [kept[i] for i in row]) for row in rows]
 
     def loss(model, row):
@@ -163,7 +164,7 @@ def main():
         f"tokens; an epoch: {steps_per_epoch:,} steps",
         f"longest comparison: {longest_length:,} tokens, {data.where(longest)}; a comparison cannot be "
         "split, so it has to fit in memory (--max_completions makes it shorter)"],
-        loss, micro_batches(0, rank=0) + ([largest] if largest else []))
+        loss, micro_batches(0, rank=0) + ([largest] if largest else []))  # to simulate a step's memory
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit=unit, metric_names=metric_names,
@@ -278,7 +279,7 @@ def held_out_figures(model, data, examples, objective, row_format, micro_tokens,
     sums = np.zeros(4)  # of the loss, of what it counts, of comparisons ranked right, of comparisons to rank
     predict = "best" if objective == "imitation" else None
     rows = pack(packed_lengths(data, examples, row_format), micro_tokens)
-    for numbers, is_counted in ranks.share(rows):  # not counted: one that another rank counts
+    for numbers, is_counted in ranks.share(rows):  # a rank without a row repeats another's, which counts there
         row = make_row(data, examples[numbers], row_format, predict=predict)
         n_ranked = row.pair_weight.sum().item()
         if objective == "imitation":

@@ -55,8 +55,8 @@ def resumed(args, ranks, kind, files):
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
         return None
-    if ranks.main():  # not all ranks: one that asks while another holds the lock would find the run going on
-        os.close(lock_folder(out))  # raises InputError if another process is still writing there
+    if ranks.main():  # takes the lock and gives it back: this raises InputError if another process writes there
+        os.close(lock_folder(out))  # other ranks do not try, as they would meet rank 0's lock
     if not args.resume:
         raise InputError(f"{out}: holds a run already; give --resume to go on with it, or another --out")
     if not any(out.glob("step-*")) and not (out / "meta.json").exists():
@@ -149,7 +149,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
                     figures = evaluated(model, evaluate)
                     log.evaluation(step, figures)
                 if is_last or step % save_every == 0:
-                    if ranks.main() or args.shard > 1:
+                    if ranks.main() or args.shard > 1:  # ranks that share a model each write a part
                         checkpoint.save(
                             args.out, model.config, model.state_dict(), tokenizer,
                             {**meta, "step": step, "n_steps": n_steps, "metrics": figures,
@@ -195,8 +195,8 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     elif ranks.main():
         print(f"stopped after step {step} of {n_steps}; go on with --resume")
     if ranks.world > 1:
-        # DistributedDataParallel goes first. If it went last, it would end gloo's threads while it holds Python's
-        # lock, and wait for ever for one that needs the lock to let go of a tensor.
+        # DistributedDataParallel has to go before its process group. The other way round, the process hangs now
+        # and then: it waits for a thread of gloo's, which waits for Python's lock, which the process holds.
         del together
         dist.destroy_process_group()
     return figures

@@ -60,7 +60,9 @@ def parse(record, where):
     group = record.get("group")
     if group is None:
         group = context or sorted(completions)
-    return context, completions, scores, group if isinstance(group, str) else repr(group)
+    if not isinstance(group, str):
+        group = repr(group)
+    return context, completions, scores, group
 
 
 def _field(record, key, where):
@@ -110,7 +112,7 @@ class Comparisons:
     """
     tokens: np.ndarray  # all segments end to end
     offsets: np.ndarray  # (S + 1,) where each segment begins in `tokens`
-    chars: np.ndarray  # (S,) characters in each segment's text
+    chars: np.ndarray  # (S,) characters in each segment's text, for the ruler "longer wins"
     segment_scores: np.ndarray  # (S,) each completion's score; 0 for contexts
     first: np.ndarray  # (C + 1,) number of each comparison's first segment
     groups: np.ndarray  # (C,) 64-bit hashes of the groups' names
@@ -152,7 +154,8 @@ class Comparisons:
 
     def fits(self, ctx):
         """(C,) True where the longest completion, <eoc> and one token of context fit in ctx tokens. A place
-        is kept for <eoc> even if none will be written, so that the same comparisons fit."""
+        is kept for <eoc> even where none is written, as with --no_eoc and in language models: so all of them
+        see the same comparisons, cut at the same places."""
         return self.longest() + 2 <= ctx
 
     def is_cut(self, ctx):
@@ -245,8 +248,9 @@ def _build(folder, files, tokenizer):
 def _texts(batch, tokenizer):
     """Yield the texts of comparisons, each context before its completions, as they are encoded.
 
-    A chat template writes its own marks in place of the space between "Assistant:" and an answer, so that
-    space is left out.
+    Plainly, a dialogue's context ends with "Assistant:" and the answer begins with a space. Where a chat template
+    writes the dialogue, a mark such as "<|im_start|>assistant" and a line break end the context, so the answer
+    is encoded without that space.
     """
     for _, _, context, completions, *_ in batch:
         space = tokenizer.space_before(context)  # nothing if there is no chat template

@@ -127,8 +127,8 @@ class Layout:
         return self.sees(queries[:, None], places)
 
     def table(self, name, build):
-        """What attention works out from a layout, such as its tiles: the result of `build()`, which is called
-        once for each name, as all layers use the same table."""
+        """What attention works out from a layout, such as which keys each block of queries sees: the result of
+        `build()`, which is called once for each name, as all layers use the same table."""
         if name not in self._tables:
             self._tables[name] = build()
         return self._tables[name]
@@ -161,8 +161,8 @@ class RowFormat:
     def context_room(self, longest):
         """How many tokens of context fit, if a comparison's longest completion has `longest` tokens.
 
-        The longest one counts even when a step does not lay it out, and a place for <eoc> even when none is
-        written. So a context is always cut at the same place, in training and in evaluation.
+        The longest one counts even where --max_completions leaves it out, and a place for <eoc> even where
+        none is written. So a context is always cut at the same place, in training and in evaluation.
         """
         return self.comparison_room - longest - 1
 
@@ -174,7 +174,8 @@ class RowFormat:
 
 class TensorBatch:
     """A batch that moves between devices as one tensor does: `to` and `pin_memory` return a copy of it in
-    which every attribute that is a tensor was moved."""
+    which every attribute that is a tensor was moved. A layout stays on the CPU; the model moves what it needs
+    of it."""
 
     def to(self, device, non_blocking=False):
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -196,7 +197,8 @@ class Row(TensorBatch):
     """Comparisons end to end, and all that their losses need besides hidden states.
 
     It has T tokens, C comparisons, K completions (each copy behind a control text is one), P pairs, and M
-    predicted tokens. The last group of fields is None until `predicting` fills it in.
+    predicted tokens. The last group of fields is for language-model losses: `predicting` fills in
+    the first three of them, and train_pm.py the weight, where tokens do not count alike.
     """
     tokens: torch.Tensor  # (T,)
     layout: Layout
@@ -265,7 +267,7 @@ def packed_lengths(data, examples, row_format, kept=None):
 def whole_lengths(data, row_format):
     """(C,) how many tokens each comparison of a data set takes with all of its completions: packed_lengths
     for whole data sets, by arrays instead of one by one. Without row_format.eoc it leaves out the <eoc> that
-    empty completions have even so."""
+    empty completions have even so, as it only serves to say how long rows are."""
     sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])  # of segments; their numbers
     n_completions = np.diff(data.first) - 1
     in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]  # all of a comparison but its context

@@ -316,8 +316,18 @@ GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="also run tests/test_gpu.py, which needs a GPU")
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked as slow")
     parser.addoption("--fuzz", type=int, default=100, metavar="N",
                      help="mutations of each kind of file in tests/test_fuzz.py")
+
+
+slow = pytest.mark.slow  # many seconds, for what others show in part: ./test.sh --slow runs them
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="./test.sh --slow runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from conftest import run, run_well, write_jsonl
+from conftest import run, run_well, slow, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 from data.comparisons import load_comparisons
 from data.tokenizer import get_tokenizer
@@ -131,6 +131,7 @@ def test_the_plain_loop_computes_the_same_loss():
     torch.testing.assert_close(bench.dense_loss(plain, windows), expected, rtol=1e-5, atol=0)
 
 
+@slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_models_are_timed(data):
     """A step that compiles, and one that is timed."""

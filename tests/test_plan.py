@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model, run_ranks
+from conftest import make_model, run_ranks, slow
 from peaks import compared
 
 import plan
@@ -35,8 +35,8 @@ def zeros(n, ctx):
     return torch.zeros(n, ctx + 1, dtype=torch.long)
 
 
-@pytest.mark.parametrize("size, ctx, micro_tokens, recompute",
-                         [("0.8m", 256, 8192, False), ("13m", 256, 2048, True)])
+@pytest.mark.parametrize("size, ctx, micro_tokens, recompute", [
+    ("0.8m", 256, 8192, False), pytest.param("13m", 256, 2048, True, marks=slow)])
 def test_the_plan_says_what_a_run_takes(size, ctx, micro_tokens, recompute):
     """To a tenth, or the 16 MiB by which two processes differ anyway."""
     planned, measured = compared(size, ctx, micro_tokens, recompute=recompute)

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import (GENTLE, make_comparisons, metrics, run_ranks, run_refused, run_well, stop_in_one_line,
+from conftest import (GENTLE, make_comparisons, metrics, run_ranks, run_refused, run_well, slow, stop_in_one_line,
                       write_jsonl)
 from test_bad_input import DAMAGE, change_json
 from test_ranks import assert_same
@@ -107,7 +107,8 @@ def read_optimizer(folder):
     return state
 
 
-@pytest.mark.parametrize("n, shard", [(1, 1), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("n, shard", [
+    (1, 1), pytest.param(2, 1, marks=slow), (2, 2), pytest.param(4, 4, marks=slow)])
 def test_another_number_of_ranks_or_shards_goes_on(flags, copy, uninterrupted, n, shard):
     flags = (*flags, "--shard", shard, "--out", copy, "--resume")
     printed = run_well(*flags) if n == 1 else run_ranks(*flags, n=n)
@@ -169,6 +170,7 @@ def print_memory():
         setattr(module, name, measured(name, getattr(module, name)))
 
 
+@slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="measured as Linux and glibc allow it")
 def test_no_rank_holds_the_whole_model(text_file, tmp_path):
     """13M parameters on four ranks: drawn and saved, read anew, and trained on from a file in bf16. Rank 0,
@@ -283,7 +285,7 @@ def full_disk_at_save(n, n_bytes):
     checkpoint.save = changed
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=slow)])
 def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(flags, uninterrupted, tmp_path, rank):
     """The first rank writes the weights, each one its part of the optimizer's state."""
     out, before = tmp_path / "out", [None] * 4
@@ -308,7 +310,8 @@ def kill_in(module, name, n=1):
 
 
 @pytest.mark.parametrize("rank, moment", [
-    (0, ("os", "fsync", 30)), (2, ("os", "fsync", 4)), (1, ("formats.hf_folder", "whole", 60))],
+    pytest.param(0, ("os", "fsync", 30), marks=slow), (2, ("os", "fsync", 4)),
+    pytest.param(1, ("formats.hf_folder", "whole", 60), marks=slow)],
                          ids=["rank 0 writing", "rank 2 writing", "rank 1 gathering"])
 def test_a_rank_that_is_killed_while_saving_leaves_the_checkpoint_before(
         flags, uninterrupted, tmp_path, rank, moment):
