@@ -13,8 +13,8 @@ the texts are pieces of language-model text set after "Human:", and half are dia
 For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
 over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored.
 What is lost is how the teacher divides the 51st class among its tokens. So the gradient by the student's
-logits differs little from that of the KL over the whole vocabulary: the two differ by at most twice the teacher's
-probability of the 51st class, in the sum of absolute differences (top_kl_of has both gradients).
+logits differs little from that of the KL over the whole vocabulary: by at most twice the teacher's probability
+of the 51st class, in the sum of absolute differences (top_kl_of has the gradient).
 """
 import argparse
 import hashlib
@@ -334,8 +334,9 @@ def rest_of(log_p, ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks `row_loss` for
-# their losses and the gradient of these by the logits. It says whether it needs a gradient; here both come at once.
+# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks `row_loss`
+# for their losses and the gradient of these by the logits. It says whether it needs a gradient; here both
+# come at once.
 
 
 def top_kl(model, hidden, ids, log_p):

@@ -10,7 +10,7 @@ import torch
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
 from ranks import device_memory, part_of
-from simulation import PARTS, memory, simulate
+from simulation import NOT_SIMULATED, PARTS, memory, simulate
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -202,6 +202,8 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
 
     loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU. The one
     with most tokens is simulated."""
+    if not ranks.main() and args.shard == 1:  # ranks that share a model simulate a step together
+        return
     sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
     most = max(sizes)
     try:
@@ -209,7 +211,7 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
                         args.shard, holds_gradients=len(batches) > 1,
                         buckets=ranks.world > 1 and args.shard == 1)
         estimate = estimated(step, most, sum(sizes) * n_steps, ranks) if ranks.main() else ""
-    except RuntimeError as error:  # a loss of your own may do what cannot be simulated: that is no reason to stop
+    except NOT_SIMULATED as error:  # a loss of your own may do so, which is no reason to stop
         estimate = f"memory, time: not known, as a step cannot be simulated ({type(error).__name__})"
     if not ranks.main():
         return

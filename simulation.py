@@ -12,7 +12,9 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException,
+    UnsupportedOperatorException)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +23,11 @@ from torch.utils.flop_counter import flop_registry
 
 import losses
 from model import GPT
-from ranks import shard_model
+from ranks import local, shard_model
 
+# What a loss does that needs more of a tensor than its shape, such as .item(), raises one of these.
+NOT_SIMULATED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+                 UnsupportedOperatorException)
 PARTS = "weights", "gradients", "optimizer", "activations", "logits", "communication"
 
 
@@ -32,8 +37,8 @@ def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_g
 
     model: its tensors are only asked for their shapes. loss(model, batch): as in trainer.py. on_gpu: with the
     attention and the chunks of logits of a GPU. holds_gradients: those of an earlier micro-batch are there.
-    buckets: DistributedDataParallel's are there, in which it sends the gradients once more. Where several
-    ranks run, all of them have to ask together; those from `shard` on get an empty answer.
+    buckets: DistributedDataParallel's are there, in which it sends the gradients once more. Ranks that share a
+    model have to ask together; those from `shard` on get an empty answer. Raises one of NOT_SIMULATED.
 
     All blocks are alike. So at most four layers are simulated, and each further one adds what the last one did.
     """
@@ -133,8 +138,7 @@ class Meter(TorchDispatchMode):
 
     def hold(self, part, tensor, is_new=False):
         """Count a tensor's storage as this part, from now on; if is_new, only if it is not counted yet."""
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key = storage._cdata
         if key in self.storages:
             if is_new:

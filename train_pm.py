@@ -143,7 +143,7 @@ def main():
         examples = train[numbers]
         kept = [selection.completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
         lengths = packed_lengths(data, examples, row_format, kept)
-        # Rows of numbers in `examples` and `kept`. A rank may have fewer rows than another: trainer.py sees to it.
+        # Rows of numbers in `examples` and `kept`. A rank may have fewer than another: trainer.py sees to it.
         rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)
         return [training_row(examples[row], [kept[i] for i in row]) for row in rows]
 

@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 from data.errors import InputError, is_first_to_fail
 from data.files import content_key, file_digest, lock_folder, write_file
 from plan import eval_interval
-from ranks import Parallel, check_compiler, place
+from ranks import Parallel, check_compiler, local, place, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Going on with a run
@@ -232,10 +231,9 @@ def scale_and_clip(optimizer, count, clip):
     Returns its norm before clipping, a tensor."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(gradients)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / count
+    norm = whole(norm) / count
     clip_factor = (clip / (norm + 1e-6)).clamp(max=1)  # 1 leaves a gradient that is short enough as it is
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    torch._foreach_mul_(local, clip_factor / count)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], clip_factor / count)
     return norm
 
 
