@@ -80,10 +80,10 @@ def causal_attention(q, k, v):
     """Causal attention of whole sequences: q (B, T, H, D), k and v (B, T, G, D)."""
     B, T, H, _ = q.shape
     G = k.shape[2]
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "meta"):  # simulation.py computes on "meta" what a CPU does
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H).transpose(1, 2)
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     tiles = []
     for start in range(0, T, TILE):
         end = min(start + TILE, T)

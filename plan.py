@@ -10,7 +10,7 @@ import torch
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
 from ranks import device_memory, part_of
-from simulation import NOT_SIMULATED, PARTS, memory, simulate
+from simulation import PARTS, NotSimulated, memory, simulate
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -211,8 +211,9 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
                         args.shard, holds_gradients=len(batches) > 1,
                         buckets=ranks.world > 1 and args.shard == 1)
         estimate = estimated(step, most, sum(sizes) * n_steps, ranks) if ranks.main() else ""
-    except NOT_SIMULATED as error:  # a loss of your own may do so, which is no reason to stop
-        estimate = f"memory, time: not known, as a step cannot be simulated ({type(error).__name__})"
+    except NotSimulated as error:  # a loss of your own may do so, which is no reason to stop
+        reason = str(error).strip().partition("\n")[0]
+        estimate = f"memory, time: not known, as a step cannot be simulated ({reason})"
     if not ranks.main():
         return
     blocks, total = model.n_params()

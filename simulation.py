@@ -1,8 +1,9 @@
 """A simulated step of training: the memory that a rank needs, by part, what it computes and what it sends.
 
 The model, its loss and, where ranks share it, torch's FSDP are the real ones. But their tensors have a shape and
-no memory (torch's FakeTensorMode), and the other ranks are not there (its "fake" process group). `Meter` sees
-every operation, but not what one needs inside, or what the allocator keeps: docs/results.md compares.
+no memory: they are on torch's device "meta". FSDP needs a CPU's, so there they are torch's FakeTensors, which take
+four times as long, and the other ranks are not there (its "fake" process group). `Meter` sees every operation, but
+not what one needs inside, or what the allocator keeps: docs/results.md compares.
 """
 import contextlib
 import copy
@@ -12,23 +13,22 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException,
-    UnsupportedOperatorException)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import losses
 from model import GPT
 from ranks import local, shard_model
 
-# What a loss does that needs more of a tensor than its shape, such as .item(), raises one of these.
-NOT_SIMULATED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
-                 UnsupportedOperatorException)
 PARTS = "weights", "gradients", "optimizer", "activations", "logits", "communication"
+
+
+class NotSimulated(Exception):
+    """A loss asked for more of a tensor than its shape, as .item() does."""
 
 
 def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_gradients=True, buckets=False):
@@ -38,7 +38,7 @@ def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_g
     model: its tensors are only asked for their shapes. loss(model, batch): as in trainer.py. on_gpu: with the
     attention and the chunks of logits of a GPU. holds_gradients: those of an earlier micro-batch are there.
     buckets: DistributedDataParallel's are there, in which it sends the gradients once more. Ranks that share a
-    model have to ask together; those from `shard` on get an empty answer. Raises one of NOT_SIMULATED.
+    model have to ask together; those from `shard` on get an empty answer. Raises NotSimulated.
 
     All blocks are alike. So at most four layers are simulated, and each further one adds what the last one did.
     """
@@ -48,8 +48,7 @@ def simulate(model, loss, batch, recompute=False, on_gpu=False, shard=1, holds_g
             return Counter()
 
         def layers(n):
-            return one_step(model, n, loss, copy.deepcopy(batch), recompute, on_gpu, mesh, holds_gradients,
-                            buckets)
+            return one_step(model, n, loss, batch, recompute, on_gpu, mesh, holds_gradients, buckets)
         if n_layer <= 4:
             return layers(n_layer)
         n = 3 if shard == 1 else 4  # FSDP gathers a block ahead of its turn, which takes three to be seen
@@ -72,9 +71,14 @@ def one_step(model, n_layer, loss, batch, recompute, on_gpu, mesh, holds_gradien
     if mesh:
         shard_model(small, mesh)
     meter = Meter(model.config)
-    device = as_on_gpu(small, meter) if on_gpu else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
-        small.to_empty(device="cpu")
+    batch = copy.deepcopy(batch)  # a layout keeps tables that it has made
+    with contextlib.ExitStack() as stack:
+        if mesh:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            small.to_empty(device="cpu")
+        else:
+            batch = tree_map(lambda x: x.to("meta") if hasattr(x, "to") else x, batch)
+        stack.enter_context(on_device("cuda" if on_gpu else "cpu", small, meter))
         trained = [p for p in small.parameters() if p.requires_grad]
         held = [("weights", p) for p in small.parameters()]
         for part in ("optimizer", "optimizer", *["communication"] * buckets):  # AdamW has two averages
@@ -86,8 +90,11 @@ def one_step(model, n_layer, loss, batch, recompute, on_gpu, mesh, holds_gradien
             p.register_post_accumulate_grad_hook(lambda p: meter.hold("gradients", p.grad))
         for part, tensor in held:
             meter.hold(part, tensor)
-        with meter:
-            loss(small, batch)[0].backward()
+        try:
+            with meter:
+                loss(small, batch)[0].backward()
+        except RuntimeError as error:
+            raise NotSimulated(error) from error
     return meter.peak + meter.work
 
 
@@ -173,8 +180,8 @@ class FlashAttention(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def as_on_gpu(model, meter):
-    """Give the model a GPU's attention, as attention.py chooses it, and the loss a GPU's chunks of logits."""
+def on_device(name, model, meter):
+    """Give the loss the chunks of logits of this kind of device, and on a GPU the model its flash attention."""
     def attend(layer, layout, cache, only_ends, q, k, v):
         if layout is None:
             return FlashAttention.apply(q, k, v, q.shape[0] * q.shape[1] * (q.shape[1] + 1) // 2, meter)
@@ -185,10 +192,12 @@ def as_on_gpu(model, meter):
             context = layout.lengths[parent] if parent != segment else 0
             n_keys += context + own
             n_pairs += context + own if only_ends else own * context + own * (own + 1) // 2
-        places = torch.empty(n_keys, dtype=torch.long)
+        places = torch.empty(n_keys, dtype=torch.long, device=q.device)
         return FlashAttention.apply(q, k.index_select(0, places), v.index_select(0, places), n_pairs, meter)
-    model.attend, rows_in_cache = attend, losses.rows_in_cache
-    losses.rows_in_cache = lambda device, vocab_size: rows_in_cache(torch.device("cuda"), vocab_size)
+    if name == "cuda":
+        model.attend = attend
+    rows_in_cache = losses.rows_in_cache
+    losses.rows_in_cache = lambda _, vocab_size: rows_in_cache(torch.device(name), vocab_size)
     try:
         yield
     finally:

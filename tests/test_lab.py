@@ -674,7 +674,7 @@ def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, publish
                "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
     report = (tmp_path / "lab/small/report.md").read_text()
     assert done.returncode == 1, done.stderr  # there is no MBPP
-    assert "| code-tax |  | *failed:" in report and report.count("*failed:") == 1
+    assert "| code-tax |  | *failed:" in report and report.count("*failed:") == 1, done.stderr
     assert "0.1M: pre-trained minus without, mean of 2 sets" in report
     assert ", hellaswag:" in report and ", hh:" in report and "where it says so" in report
     assert {path.name for path in (tmp_path / "lab/small").glob("*.png")} == {

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model, run_ranks, slow
+from conftest import ROOT, make_model, run_ranks, run_well, slow
 from peaks import compared
 
 import plan
@@ -142,3 +142,13 @@ def test_the_papers_commands_are_accepted(monkeypatch, capsys):
     for script, flags in commands:
         monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
         assert scripts[script].parse_args().micro_tokens
+
+
+def test_a_loss_that_cannot_be_simulated_is_no_reason_to_stop(text_file, tmp_path):
+    code = (ROOT / "train_lm.py").read_text()
+    script = tmp_path / "train_lm.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + code.replace(
+        "def loss(model, batch):\n", "def loss(model, batch):\n        batch.max().item()\n"))
+    out = run_well(script, "--data", text_file, "--size", "test", "--tokenizer", "bytes", "--ctx", 32,
+                   "--batch", 128, "--steps", 1, "--out", tmp_path / "out")
+    assert "not known, as a step cannot be simulated (Tensor.item()" in out and "step 1/1 loss" in out
