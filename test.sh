@@ -11,7 +11,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if ! cmp -s requirements.txt .venv/requirements.installed; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # Python compiles each module when it is first used. To compile all of torch's here takes ten seconds more.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
     cp requirements.txt .venv/requirements.installed
 fi
 # One test process for each core, each with one thread. A file's tests stay together, as they share what is

@@ -550,7 +550,7 @@ def test_every_claim_is_listed_with_its_statement_and_its_runs(tmp_path):
 
 def test_the_first_claims_runs_come_first(tmp_path):
     flags = ("--dry_run", "--out", tmp_path, "--sizes", "0.8m", "--seeds", 2)
-    listed = run("lab.py", "toy", "core", *flags).stdout
+    listed = run("lab.py", "toy", "prompt-helps", "ranked-beats-imitation", *flags).stdout
     scripts = [line.split("python ")[1].split()[:2] for line in listed.splitlines() if "  python " in line]
     assert [script for script, _ in scripts[:6]].count("train_lm.py") == 2
     assert all(script == "train_lm.py" or benchmark == "hhh" for script, benchmark in scripts[:6])

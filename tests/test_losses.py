@@ -1,5 +1,6 @@
 """The losses: their values against plain formulas, equal results however a step is cut up or shared, and
 what a device would have to wait for."""
+import functools
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import (BYTES, GENTLE, GENTLE_LM, LM_FLAGS, ROOT, Operators, alone, load, losses,
                       make_comparisons, make_model, metrics, rankable_comparisons, run_ranks, run_well,
-                      write_jsonl)
+                      slow, write_jsonl)
 
 import checkpoint
 import train_pm
@@ -214,10 +215,17 @@ def test_lm_training_is_the_same_in_micro_batches(lm, more_lm, text_file, tmp_pa
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
-def test_compiled_training_gives_the_same_losses(lm, comparisons_file, tmp_path):
+def compile_without_kernels():
+    """torch.compile with all that it does but writing C++, which takes twenty seconds."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+
+@pytest.mark.parametrize("before", [compile_without_kernels, pytest.param(None, marks=slow)],
+                         ids=["without kernels", "with kernels"])
+def test_compiled_training_gives_the_same_losses(lm, comparisons_file, tmp_path, before):
     args = ("--init", lm, "--data", comparisons_file, *GENTLE, "--steps", 2, "--eval_every", 0)
     run_well("train_pm.py", *args, "--out", tmp_path / "plain")
-    run_well("train_pm.py", *args, "--out", tmp_path / "compiled", "--compile")
+    run_well("train_pm.py", *args, "--out", tmp_path / "compiled", "--compile", before=before)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
