@@ -12,9 +12,9 @@ the texts are pieces of language-model text set after "Human:", and half are dia
 
 For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
 over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored.
-What is lost is how the teacher divides the 51st class among its tokens. So the gradient by the student's
-logits differs little from that of the KL over the whole vocabulary: by at most twice the teacher's probability
-of the 51st class, in the sum of absolute differences (top_kl_of has the gradient).
+What is lost is how the teacher divides the 51st class among its tokens. So the gradient with
+respect to the student's logits differs little from that of the KL over the whole vocabulary: the absolute
+differences sum to at most twice the teacher's probability of the 51st class (top_kl_of has the gradient).
 """
 import argparse
 import hashlib
@@ -128,8 +128,8 @@ def main():
         return total, len(row.tokens), {}
 
     def student_loss(model, row):
-        """For the plan's simulation, which uses only the first value: the student's part of `loss` with
-        --online, where its own hidden states stand in for the teacher's."""
+        """The plan simulates the memory of the student alone. With --online `loss` also runs the teacher, so
+        here the student's own hidden states take the teacher's place."""
         hidden = model(row.tokens, row.layout)
         return full_kl(model, hidden, model, hidden.detach())
 
@@ -216,6 +216,7 @@ def text_pieces(text, tokenizer, ctx, seed):
     whole sentence.
     """
     for start in lm_windows(text, min(ctx, len(text.tokens) - 1), seed, epoch=0).tolist():
+        # Twice as long as a piece, so that a document which begins in its first half can fill one.
         window = np.asarray(text.tokens[start:start + 2 * ctx])
         # Where the documents in the window end. The window's own end cuts off the last one.
         end, *later_ends = [*np.flatnonzero(window == tokenizer.eot).tolist(), len(window)]
@@ -254,7 +255,7 @@ class SequenceRow(TensorBatch):
         self.tokens = torch.from_numpy(np.concatenate(parts))  # (T,)
         self.ids = self.log_p = None
         if stored is not None:
-            ids, log_p = map(np.concatenate, zip(*map(stored, numbers)))
+            ids, log_p = (np.concatenate(arrays) for arrays in zip(*[stored(number) for number in numbers]))
             self.ids = torch.from_numpy(ids.astype(np.int64))
             # They were stored in half precision, so they no longer sum to 1 exactly.
             self.log_p = torch.from_numpy(log_p.astype(np.float32)).log_softmax(-1)
@@ -269,7 +270,7 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
 
     Returns a function: number of a sequence of t tokens -> (ids (t, 50), log-probs (t, 51)). They take 202 or
     302 bytes a token (ids of 2 or 4 bytes, log-probs of 2). The ranks share the work: each begins with
-    another shard.
+    another shard, and finds in the cache what others have made.
     """
     id_type = np.uint16 if teacher.config.vocab_size <= 2**16 else np.uint32
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
@@ -334,9 +335,8 @@ def rest_of(log_p, ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses. linear_loss computes the student's logits for a part of the rows at a time, and asks `row_loss`
-# for their losses and the gradient of these by the logits. It says whether it needs a gradient; here both
-# come at once.
+# The losses. linear_loss computes the student's logits for some rows at a time, and calls `row_loss` for their
+# losses and the losses' gradient with respect to the logits, where it needs that. Here it always gives both.
 
 
 def top_kl(model, hidden, ids, log_p):

@@ -90,9 +90,9 @@ def attention(q, k, v, visible):
 def plain_attention(q, k, v, layout, only_ends, prefix):
     """`attention` of a layer's q, k, v, with all that a query may see written out as keys and one mask.
 
-    With a layout: of a packed row. Without: of sequences whose last tokens are the queries. prefix: pairs of
-    keys and values (P, G, D) of what was read before, in that order, such as a prompt and then a question.
-    Every query sees them besides its own sequence.
+    With a layout q, k and v are those of a packed row. Without, the queries of each sequence are its last
+    tokens. prefix: for each text that was read before, such as a prompt and then a question, a pair of keys
+    and values (P, G, D), the earliest first. Every query sees them besides its own sequence.
     """
     if layout is not None:
         visible = layout.visible(only_ends).to(q.device)
@@ -203,8 +203,8 @@ class GPT(nn.Module):
     """The transformer. `dtype` is the precision of matrix products; weights, residual stream and losses are
     fp32. With `plain` set, attention is computed by its definition: slowly, for tests and for teaching. With
     `recompute` set, of each block only the input is kept for the backward pass, which computes the rest anew.
-    A model that several ranks are to share is made on torch's device "meta", without memory for its weights;
-    `source` is then the function source(name, parameter) that gives a rank its part of them (ranks.py).
+    A model that several ranks are to share is made on torch's device "meta", without memory for its weights.
+    Only ranks.py uses `source`: the function source(name, parameter) from which it then fills a rank's part.
     """
 
     def __init__(self, config):
@@ -236,7 +236,7 @@ class GPT(nn.Module):
         return self
 
     def init_tensor(self, name, p, generator):
-        """Draw the parameter of this name into the tensor p. Parameters are drawn one after the other."""
+        """Draw the parameter of this name into the tensor p. All share one generator, so their order counts."""
         std = math.sqrt(2 / (5 * self.config.d_model))
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self.config.n_layer)
@@ -260,7 +260,8 @@ class GPT(nn.Module):
 
         only_ends, for packed rows: return (K, d_model), the states at the completions' last tokens. A reward
         needs no others, and most of the last layer is then never computed. Raises ValueError for a packed row
-        with a cache to which tokens were appended: its sequences go on, and are no prefix of this row yet.
+        with a cache to which tokens were appended: only a prefix can stand before it, as cache.as_prefix()
+        makes one.
         """
         if layout is not None and cache is not None and cache.length:
             raise ValueError("a packed row can be read behind a prefix only: give cache.as_prefix()")

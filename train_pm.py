@@ -66,7 +66,7 @@ def parse_args():
         help="tokenizer of a fresh model: bytes (a token is a byte), gpt2, a .tiktoken file or, for toy "
         "data, bpe:N (N tokens, learned from its texts; default: %(default)s)")
     add("--ctx", type=plan.positive(int),
-        help="tokens that a context and one completion have room for; longer contexts are cut on the left "
+        help="the most tokens that a context and one completion may take; longer contexts are cut on the left "
         "(default: 1024, or what --init has if that is less)")
     add("--objective", choices=("ranked", "binary", "imitation"), default="ranked",
         help="see above (default: ranked)")
@@ -157,6 +157,7 @@ def main():
         return ", ".join(data.where(i) for i in row.examples)
 
     mean_length, longest, longest_kept, longest_length = selection.measure_rows(args, data, train, row_format)
+    # One that is longer than a micro-batch has a row to itself. trainer.py tries it before the first step.
     largest = training_row([longest], [longest_kept]) if longest_length > micro_tokens else None
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "
@@ -260,8 +261,9 @@ def predicted_loss(model, hidden, row):
 
 
 def lm_token_weights(row, objective):
-    """(M,) weights of the predicted tokens, those of the best completion of each comparison. They sum to what
-    the comparison adds to the loss's count: to 1, or if the objective is binary to its number of completions.
+    """(M,) weights of the predicted tokens, those of the best completion of each comparison. The weights of
+    one comparison sum to what it adds to the loss's count: to 1, or for the binary objective to its number of
+    completions.
     """
     n_tokens = row.predicted.bincount()
     weights = 1 / n_tokens[row.predicted]

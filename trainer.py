@@ -228,7 +228,8 @@ class BatchMaker:
 
 def scale_and_clip(optimizer, count, clip):
     """Turn the gradient of the loss that is summed over all ranks into that of the global mean, and clip it.
-    Returns its norm before clipping, a tensor."""
+    Returns its norm before clipping, a tensor. Where ranks share a model, `whole` is the norm of all parts, and
+    `local` is this rank's part of a gradient."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = whole(norm) / count

@@ -248,9 +248,9 @@ def _build(folder, files, tokenizer):
 def _texts(batch, tokenizer):
     """Yield the texts of comparisons, each context before its completions, as they are encoded.
 
-    Plainly, a dialogue's context ends with "Assistant:" and the answer begins with a space. Where a chat template
-    writes the dialogue, a mark such as "<|im_start|>assistant" and a line break end the context, so the answer
-    is encoded without that space.
+    Without a chat template, a dialogue's context ends with "Assistant:" and the answer begins with a space. With
+    one, which the tokenizer applies, the context ends with a mark such as "<|im_start|>assistant" and a line
+    break, so the answer is encoded without that space.
     """
     for _, _, context, completions, *_ in batch:
         space = tokenizer.space_before(context)  # nothing if there is no chat template

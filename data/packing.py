@@ -142,7 +142,7 @@ class Layout:
 class RowFormat:
     """How comparisons are written into rows.
 
-    ctx: tokens that a context and one completion have room for.
+    ctx: the most tokens that a context and one completion may take together.
     tokenizer: its special tokens `eot` and `eoc` are used.
     eoc: end each completion with <eoc>, where its reward is read. Otherwise it is read at the last token.
     control: token ids of control texts. Every completion is laid out once behind each of them: for binarised
@@ -250,7 +250,7 @@ class Row(TensorBatch):
 
 
 def packed_lengths(data, examples, row_format, kept=None):
-    """How many tokens make_row takes for each of these examples: a list of numbers."""
+    """How many tokens make_row takes for each of these examples: a list of numbers. kept: as for make_row."""
     totals = []
     for i, example in enumerate(examples):
         lengths = data.lengths(example).tolist()
@@ -266,8 +266,8 @@ def packed_lengths(data, examples, row_format, kept=None):
 
 def whole_lengths(data, row_format):
     """(C,) how many tokens each comparison of a data set takes with all of its completions: packed_lengths
-    for whole data sets, by arrays instead of one by one. Without row_format.eoc it leaves out the <eoc> that
-    empty completions have even so, as it only serves to say how long rows are."""
+    for whole data sets, by arrays instead of one by one. Without row_format.eoc it ignores that an empty
+    completion gets an <eoc> even then: it only serves to say how long rows are, where one token is nothing."""
     sizes, contexts = np.diff(data.offsets), np.asarray(data.first[:-1])  # of segments; their numbers
     n_completions = np.diff(data.first) - 1
     in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]  # all of a comparison but its context
