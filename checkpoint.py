@@ -127,9 +127,9 @@ def read_checkpoint(folder):
     return config, read_weights(folder), tokenizer, meta
 
 
-def load_lm(place):
+def load_lm(place, lazily=False):
     """As `load`, for a language model; InputError for a preference model."""
-    model, tokenizer, meta = load(place)
+    model, tokenizer, meta = load(place, lazily=lazily)
     if meta["kind"] != "lm":
         raise InputError(f"{place}: a preference model, but a language model is needed here")
     return model, tokenizer, meta

@@ -36,7 +36,7 @@ from data.packing import Layout, TensorBatch, pack, pack_for_rank, step_examples
 from data.text import lm_windows, load_text
 from evals.subject import read_prompt
 from losses import at_least_fp32, linear_loss
-from ranks import pick_dtype, start
+from ranks import fill, pick_dtype, start
 
 TOP = 50  # the teacher's likeliest tokens; all others together are the 51st class
 SHARD = 512  # sequences in one folder of the stored teacher: a killed run does at most so many again
@@ -79,7 +79,7 @@ def main():
     ranks = start(args.device)
     text_files, dialogue_files, prompt_name = find_sources(args)
     resumed = trainer.resumed(args, ranks, "lm", text_files + dialogue_files)
-    model, tokenizer, meta = checkpoint.load_lm(args.init)
+    model, tokenizer, meta = checkpoint.load_lm(args.init, lazily=True)
     if tokenizer.chat:
         raise InputError(f"{args.init}: was trained with --chat; distillation needs a model of plain dialogues")
     teacher_folder = checkpoint.find(args.teacher or args.init)
@@ -148,7 +148,10 @@ def main():
     if resumed:
         kl_before = resumed[2]["kl_before"]
     else:
-        kl_before = trainer.evaluated(model.to(ranks.device), evaluate)["loss"]
+        if args.teacher:
+            fill(model, ranks.device)
+        student = model if args.teacher else teacher  # without --teacher their weights are the same at first
+        kl_before = trainer.evaluated(student, evaluate)["loss"]
     n_tokens = sum(map(len, sequences))
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training sequences, {len(held_out):,} held out, {n_tokens:,} tokens; a step: "

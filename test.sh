@@ -11,10 +11,11 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if ! cmp -s requirements.txt .venv/requirements.installed; then
-    # Python compiles each module when it is first used. To compile all of torch's here takes ten seconds more.
+    # A module is compiled when it is first used. To compile all of torch's modules now takes ten seconds more.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
     cp requirements.txt .venv/requirements.installed
 fi
+unset PYTHONDONTWRITEBYTECODE  # the many processes that the tests start share what one of them compiled
 # One test process for each core, each with one thread. A file's tests stay together, as they share what is
 # slow to make.
 export OMP_NUM_THREADS=1

@@ -124,9 +124,8 @@ def test_its_claims_are_those_of_the_reports():
     rows = re.findall(r"^\| `([a-z-]+)` \|.*?\|(.*)\|$", README, re.MULTILINE)
     assert len(rows) == 5
     for folder, place in (("lab-toy", 0), ("lab-small/smollm2-135m", 2)):
-        report = (ROOT / "results" / folder / "report.md").read_text()
+        reports = "\n".join(path.read_text() for path in (ROOT / "results" / folder).rglob("report.md"))
         for name, cells in rows:
             effect, verdict = (cell.strip() for cell in cells.split("|")[place:place + 2])
-            lines = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
-            assert len(lines) == (effect != "unfinished"), name
-            assert all(effect in line and verdict in line for line in lines), name
+            (line,) = [line for line in reports.splitlines() if line.startswith(f"| {name} |")]
+            assert effect in line and verdict in line, name
