@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, make_texts, metrics, rankable_comparisons, run_ranks,
-                      run_refused, run_well, start_ranks, write_jsonl)
+                      run_refused, run_well, slow, start_ranks, write_jsonl)
 
 import checkpoint
 import trainer
@@ -49,8 +49,9 @@ def assert_same(one, other, rel=1e-5):
         torch.testing.assert_close(weights[1][name], tensor, rtol=rel, atol=rel)
 
 
-@pytest.mark.parametrize("n, shard", SHARDS)
-@pytest.mark.parametrize("name", ["lm", "ranked", "binarised", "distillation"])
+@pytest.mark.parametrize("name, n, shard", [
+    pytest.param(name, *ranks, marks=[slow] * (ranks == (2, 2) and name != "ranked"))
+    for name in ("lm", "ranked", "binarised", "distillation") for ranks in SHARDS])
 def test_ranks_train_as_one_does(trainings, tmp_path, name, n, shard):
     words, one = trainings[name]
     run_ranks(*words, "--shard", shard, "--out", tmp_path / "out", n=n)
