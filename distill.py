@@ -148,9 +148,10 @@ def main():
     if resumed:
         kl_before = resumed[2]["kl_before"]
     else:
+        student = teacher  # their weights are the same at first, but for the rounding of the teacher's to bf16
         if args.teacher:
-            fill(model, ranks.device)
-        student = model if args.teacher else teacher  # without --teacher their weights are the same at first
+            student = model
+            fill(student, ranks.device)
         kl_before = trainer.evaluated(student, evaluate)["loss"]
     n_tokens = sum(map(len, sequences))
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
