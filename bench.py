@@ -26,7 +26,8 @@ models, which is computed at the completions' ends only, do not count.
 A training step is a whole one: laying out the batch, forward, backward, clipping, AdamW. The candidates take
 turns, round by round, on the same data. Speeds are medians of the rounds, with their range. So are ratios: "x
 naive" is how many times as fast as the naive way a candidate is in the same round. GiB is the peak of memory
-above what was held before; for TRL it includes the weights. The last line has all figures as JSON.
+above what was held before; for TRL it includes the weights. A candidate that runs out of memory has no row. The
+last line has all figures as JSON.
 """
 import argparse
 import ctypes
@@ -35,6 +36,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import resource
 import shlex
 import sys
@@ -54,7 +56,7 @@ import plan
 import trainer
 from data import toy
 from data.comparisons import load_comparisons
-from data.errors import InputError, Parser, run_main
+from data.errors import InputError, Parser, is_out_of_memory, run_main
 from data.files import check_writable, write_file
 from data.packing import RowFormat, epoch_order, make_row
 from data.prompts import load_prompt
@@ -73,6 +75,7 @@ GPT2_ROWS = 50304  # of a table for GPT-2's 50,257 tokens, with room to a multip
 LM_SHAPES = ((512, 320), (1024, 320), (1024, GPT2_ROWS))  # (ctx, rows of the table): bytes, and GPT-2
 GPU_SIZES = ("197m", "810m", "2.7b")
 ROOM = 2192  # tokens that there is room for behind the prompt
+TRL_BATCHES = (4, 8, 16)  # pairs
 MICRO_TOKENS = 8192  # tokens in a row of scoring or of the teacher
 
 
@@ -119,6 +122,8 @@ def main():
         tokenizer = get_tokenizer(args.tokenizer)
         config = Config(*SIZES[args.size], tokenizer.vocab_size, args.ctx)
     dtype = pick_dtype(args.dtype, ranks.device)
+    if ranks.device.type == "cpu":
+        limit_memory()
     result = {"command": shlex.join(["python", *sys.argv]), "machine": machine(ranks.device),
               "model": {"n_layer": config.n_layer, "d_model": config.d_model, "n_head": config.n_head,
                         "vocab_size": config.vocab_size, "dtype": str(dtype).removeprefix("torch.")}}
@@ -144,22 +149,42 @@ def machine(device):
 # Measuring
 
 
+def limit_memory():
+    """Let an allocation fail that this machine has no memory for. Otherwise the system would kill this process,
+    and all that was measured would be lost."""
+    meminfo = Path("/proc/meminfo")
+    available = meminfo.exists() and re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
+    if available:
+        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (int(available[1]) * 1024, hard_limit))
+
+
 def race(candidates, rounds, device):
     """Let all candidates work in turn, round by round.
 
     candidates: {name: (units, work)}. work(r) does so many units (pairs, tokens, …) with round r's data. If
     it returns a number, that is the seconds to count. Round 0 warms up, and the last round is for memory.
-    Returns {name: (units a second in each timed round (rounds,), GiB or None)}.
+    Returns {name: (units a second in each timed round (rounds,), GiB or None)} of the candidates that did not
+    run out of memory.
     """
-    speeds = {name: [] for name in candidates}
-    for r in range(rounds + 1):
-        for name, (units, work) in candidates.items():
-            begun = clock(device)
-            seconds = work(r) or clock(device) - begun
+    running, speeds, memory = dict(candidates), {name: [] for name in candidates}, {}
+    for r in range(rounds + 2):
+        for name, (units, work) in list(running.items()):
+            try:
+                if r > rounds:
+                    memory[name] = peak_memory(device, work, r)
+                    continue
+                begun = clock(device)
+                seconds = work(r) or clock(device) - begun
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                print(f"{name}: out of memory", flush=True)
+                del running[name]
+                continue
             print(f"round {r} of {rounds}, {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
             speeds[name].append(units / seconds)
-    return {name: (np.array(speeds[name][1:]), peak_memory(device, work, rounds + 1))
-            for name, (_, work) in candidates.items()}
+    return {name: (np.array(speeds[name][1:]), memory[name]) for name in running}
 
 
 def clock(device):
@@ -191,6 +216,8 @@ def table(title, unit, figures, baselines, more={}):
     (format, {name: number})}, for the candidates where the number is known, such as the tokens computed for one
     unit.
     """
+    baselines = {column: [name for name in names if name in figures] for column, names in baselines.items()}
+    baselines = {column: names for column, names in baselines.items() if names}
     lines = [[title, f"{unit}/s", *baselines, *more, "GiB"]]
     rows = {}
     for name, (speeds, memory) in figures.items():
@@ -226,17 +253,18 @@ def make_model(config, dtype, device, kind=GPT, compiled=False):
     return model
 
 
-def training(model, loss, ranks):
-    """work(r) for `race`: a step as the trainer does it. loss(model, r) -> (sum, count) on round r's data."""
+def training(model):
+    """step(loss, r): a step as the trainer does it, where loss(model, r) -> (sum, count) on round r's data.
+    Candidates that differ in their loss alone can share a model and its optimizer."""
     optimizer = trainer.make_optimizer(model, lr=1e-5, weight_decay=0.1)
 
-    def work(r):
+    def step(loss, r):
         loss_sum, count = loss(model, r)
         loss_sum.backward()
         trainer.scale_and_clip(optimizer, count, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return work
+    return step
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,20 +275,18 @@ def measure_pm(args, ranks, config, tokenizer, dtype):
     data = load_comparisons(toy.find_data(args.data, "ranked.jsonl"), tokenizer)
     pairs = Pairs(args, data, tokenizer, ranks.device)
     config = replace(config, value_head=True, tied=True)
-    layouts = {"naive padded": (pairs.padded_loss, False), "packed": (pairs.packed_loss, False),
-               "packed + shared prefix": (pairs.shared_loss, False)}
+    losses = {"naive padded": pairs.padded_loss, "packed": pairs.packed_loss,
+              "packed + shared prefix": pairs.shared_loss}
+    step = training(make_model(config, dtype, ranks.device))
+    candidates = {name: (args.batch, functools.partial(step, loss)) for name, loss in losses.items()}
+    layouts = list(candidates)
     if args.compile:
-        layouts["packed + shared prefix, compiled"] = pairs.shared_loss, True
-    candidates = {}
-    for name, (loss, compiled) in layouts.items():
-        model = make_model(config, dtype, ranks.device, compiled=compiled)
-        candidates[name] = args.batch, training(model, loss, ranks)
-    baselines = {"x naive": ["naive padded"]}
-    if importlib.util.find_spec("trl"):
-        trl = {f"TRL RewardTrainer, batch {n}": trl_training(config, dtype, pairs, n)
-               for n in (max(1, args.batch // 4), args.batch)}  # smaller ones pad less
-        candidates |= trl
-        baselines["x TRL"] = list(trl)
+        compiled_step = training(make_model(config, dtype, ranks.device, compiled=True))
+        layouts.append("packed + shared prefix, compiled")
+        candidates[layouts[-1]] = args.batch, functools.partial(compiled_step, pairs.shared_loss)
+    trl = trl_candidates(config, dtype, pairs)
+    candidates |= trl
+    baselines = {"x naive": ["naive padded"], "x TRL": list(trl)}
     tokens = np.mean([pairs.tokens(r) for r in range(1, args.rounds + 1)], 0)
     figures = race(candidates, args.rounds, ranks.device)
     return table(f"Preference model, {args.batch} pairs a step", "pairs", figures, baselines,
@@ -317,6 +343,15 @@ def pair_loss(model, hidden):
     return ranked_loss(rewards[::2], rewards[1::2]).sum(), len(rewards) // 2
 
 
+def trl_candidates(config, dtype, pairs):
+    """{name: candidate} for `race`, where TRL is installed: its RewardTrainer with several batches, as smaller
+    ones pad less and larger ones take fewer steps for as many pairs."""
+    if not importlib.util.find_spec("trl"):
+        return {}
+    batches = sorted({min(n, pairs.batch) for n in (*TRL_BATCHES, pairs.batch)})
+    return {f"TRL RewardTrainer, batch {n}": trl_training(config, dtype, pairs, n) for n in batches}
+
+
 def trl_training(config, dtype, pairs, batch):
     """(pairs, work) for `race`: TRL's RewardTrainer on a model of this shape, on the same tokens.
 
@@ -332,7 +367,6 @@ def trl_training(config, dtype, pairs, batch):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eot>": eot, "<eoc>": eoc}, "<eot>"))
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<eot>", eos_token="<eoc>")
     shape = transformers.AutoConfig.for_model(**make_config(config, pairs.row_format.tokenizer))
-    batch = min(batch, pairs.batch)
     n_steps = pairs.batch // batch
     times = []  # when each step ended
 
@@ -393,7 +427,7 @@ def measure_lm(args, ranks, config, tokenizer, dtype):
         def candidate(kind, loss, compiled=False):
             sizes = replace(config, ctx=ctx, vocab_size=vocab_size)
             model = make_model(sizes, dtype, ranks.device, kind, compiled)
-            return n_tokens, training(model, lambda model, r: (loss(model, windows), n_tokens), ranks)
+            return n_tokens, functools.partial(training(model), lambda model, r: (loss(model, windows), n_tokens))
 
         candidates = {"plain loop": candidate(PlainGPT, dense_loss),
                       "train_lm.py": candidate(GPT, window_loss)}
@@ -478,9 +512,9 @@ def measure_distillation(args, ranks, teacher, config, items, prompt, dtype):
 
     naive = "naive (2 of 32, scaled)"
     making, learning = "making the teacher's cache", "training on the cache"
-    students = [make_model(config, dtype, ranks.device) for _ in range(2)]
-    figures = race({naive: (2, training(students[0], naive_loss, ranks)), making: (32, ask_teacher),
-                    learning: (32, training(students[1], stored_loss, ranks))}, args.rounds, ranks.device)
+    step = training(make_model(config, dtype, ranks.device))
+    figures = race({naive: (2, functools.partial(step, naive_loss)), making: (32, ask_teacher),
+                    learning: (32, functools.partial(step, stored_loss))}, args.rounds, ranks.device)
     (speeds, memory), (more_speeds, more_memory) = figures[making], figures[learning]
     more_memory = memory and max(memory, more_memory)
     figures["both, for a single epoch"] = 1 / (1 / speeds + 1 / more_speeds), more_memory
@@ -516,14 +550,14 @@ def measure_gpu(args, ranks, config, tokenizer, dtype):
         vocab_size = max(GPT2_ROWS, tokenizer.vocab_size)
         lm, pm = (Config(*SIZES[size], vocab_size, args.ctx, value_head=head) for head in (False, True))
         result[size] = {"lm": measure_gpu_part(args, ranks, lm, dtype, f"Language model, {size}", "tokens",
-                                               peak, *lm_work(args, lm, ranks.device)),
+                                               peak, *lm_work(args, lm, ranks.device), trl={}),
                         "pm": measure_gpu_part(args, ranks, pm, dtype, f"Preference model, {size}", "pairs",
                                                peak, args.batch, *pair_work(args, pm, pairs),
-                                               trl=functools.partial(trl_training, pm, dtype, pairs))}
+                                               trl=trl_candidates(pm, dtype, pairs))}
     return result
 
 
-def measure_gpu_part(args, ranks, config, dtype, title, unit, peak, units, n_tokens, flops, loss, trl=None):
+def measure_gpu_part(args, ranks, config, dtype, title, unit, peak, units, n_tokens, flops, loss, trl):
     """Time steps of `units` tokens or pairs, n_tokens tokens in all, one candidate after the other, as each of
     them may need the whole memory. loss(model, r) is round r's; flops is a step's arithmetic."""
     figures = {}
@@ -531,7 +565,7 @@ def measure_gpu_part(args, ranks, config, dtype, title, unit, peak, units, n_tok
     def compete(name, make):
         try:
             figures.update(race({name: make()}, args.rounds, ranks.device))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # of the model itself
             print(f"{title}, {name}: out of memory")
         gc.collect()
         if ranks.device.type == "cuda":
@@ -541,18 +575,15 @@ def measure_gpu_part(args, ranks, config, dtype, title, unit, peak, units, n_tok
         model = make_model(config, dtype, ranks.device, compiled=compiled)
         activations = n_tokens * plan.token_bytes(config, ranks.device)
         model.recompute = plan.state_bytes(model) + activations > 0.85 * device_memory(ranks.device)
-        return units, training(model, loss, ranks)
+        return units, functools.partial(training(model), loss)
 
     compete("eager", lambda: ours(compiled=False))
     if args.compile:
         compete("compiled", lambda: ours(compiled=True))
     mfu = {name: np.median(speeds) / units * flops / peak for name, (speeds, _) in figures.items()}
-    baselines = {}
-    if trl and importlib.util.find_spec("trl"):
-        for n in (max(1, args.batch // 4), args.batch):
-            compete(f"TRL RewardTrainer, batch {n}", lambda: trl(n))
-        baselines = {"x TRL": [name for name in figures if name not in mfu]}
-    baselines = {column: names for column, names in baselines.items() if names}
+    for name, candidate in trl.items():
+        compete(name, lambda: candidate)
+    baselines = {"x TRL": list(trl)}
     return table(title, unit, figures, baselines, more={"MFU": ("{:.1%}", mfu)}) if figures else {}
 
 

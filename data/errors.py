@@ -71,6 +71,11 @@ def one_line(text):
     return line if len(line) <= 600 else f"{line[:400]} … {line[-150:]}"
 
 
+def is_out_of_memory(error):
+    """True for a MemoryError and for what torch's allocators raise, which is a RuntimeError."""
+    return isinstance(error, MemoryError) or bool(re.search("allocate memory|out of memory", str(error)))
+
+
 def run_main(main):
     """Call `main()`, as a script's last line does. What the user can mend ends in one line on stderr and
     exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk.
@@ -88,9 +93,9 @@ def run_main(main):
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
-    except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
+    except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+        if is_out_of_memory(error):
             message = f"out of memory ({reason[:120]}); give a smaller --micro_tokens, --batch or --size"
         elif "RANK" in os.environ and re.search(LOST_RANK, str(error)):
             reason = re.sub(r"^.*?\[\S+:\d+\] ", "", reason).partition(". ")[0]  # not place and advice

@@ -106,6 +106,21 @@ def test_ratios_are_taken_within_a_round(capsys):
     assert rows["slow"]["tokens"] is None and fast["memory_gib"] is None
 
 
+def test_a_candidate_that_runs_out_of_memory_drops_out(capsys):
+    """It has no row and is no baseline; the others go on."""
+    def greedy(r):
+        if r == 1:
+            torch.empty(2**55)
+    work = {"small": (1, lambda r: 0.5), "greedy": (1, greedy)}
+    figures = bench.race(work, rounds=2, device=torch.device("cpu"))
+    assert list(figures) == ["small"] and list(figures["small"][0]) == [2, 2]
+    assert capsys.readouterr().out == "greedy: out of memory\n"
+    row = bench.table("Title", "pairs", figures, {"x greedy": ["greedy"], "x both": ["small", "greedy"]})["small"]
+    assert "ratio_x greedy" not in row and row["ratio_x both"] == 1
+    with pytest.raises(RuntimeError, match="shape"):  # any other error is one
+        bench.race({"broken": (1, lambda r: torch.zeros(2).view(3))}, 1, torch.device("cpu"))
+
+
 def test_all_layouts_give_the_same_loss_and_gradient(data):
     tokenizer = get_tokenizer("bytes")
     args = SimpleNamespace(ctx=80, batch=12)  # some contexts are cut
