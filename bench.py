@@ -170,20 +170,20 @@ def race(candidates, rounds, device):
     running, speeds, memory = dict(candidates), {name: [] for name in candidates}, {}
     for r in range(rounds + 2):
         for name, (units, work) in list(running.items()):
+            gc.collect()  # what the one before has left
             try:
                 if r > rounds:
                     memory[name] = peak_memory(device, work, r)
-                    continue
-                begun = clock(device)
-                seconds = work(r) or clock(device) - begun
+                else:
+                    begun = clock(device)
+                    seconds = work(r) or clock(device) - begun
+                    speeds[name].append(units / seconds)
+                    print(f"round {r} of {rounds}, {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 print(f"{name}: out of memory", flush=True)
                 del running[name]
-                continue
-            print(f"round {r} of {rounds}, {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
-            speeds[name].append(units / seconds)
     return {name: (np.array(speeds[name][1:]), memory[name]) for name in running}
 
 

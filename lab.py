@@ -85,6 +85,9 @@ def parse_args():
         help="for own: public comparisons to pre-train on, which pmp-curve needs")
     add("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET",
         help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
+    add("--pairs", type=plan.positive(int),
+        help="comparisons that preference models and imitations learn from, without those of pre-training (default: "
+        "500 for small, all for the others)")
     add("--jobs", type=plan.positive(int),
         help="runs at a time (default: one for each GPU, or for each core, but then at least 3)")
     add("--launch", default="", metavar="COMMAND",

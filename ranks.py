@@ -229,10 +229,13 @@ def pick_dtype(name, device):
 
 
 def device_memory(device):
-    """Bytes of memory that the device has in all."""
+    """Bytes of memory that the device has in all, or this process's share of them where lab.py has started
+    several on the device."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // int(os.environ.get("HHH_PROCESSES_PER_DEVICE", 1))
 
 
 def check_compiler(device):

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import modulefinder
 import multiprocessing
 import os
@@ -184,11 +185,12 @@ def stop_with_parent():
 
 def share(slot, jobs, gpus):
     """The environment of a job: the GPU of its slot, of those that this process may use, or its share of the
-    cores."""
+    cores; and how many jobs share the memory there."""
     if not gpus:
-        return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+        return {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), "HHH_PROCESSES_PER_DEVICE": str(jobs)}
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or range(gpus)
-    return {"CUDA_VISIBLE_DEVICES": str(devices[slot % gpus])}
+    return {"CUDA_VISIBLE_DEVICES": str(devices[slot % gpus]),
+            "HHH_PROCESSES_PER_DEVICE": str(math.ceil(jobs / gpus))}
 
 
 def cores():

@@ -60,7 +60,7 @@ class Scale:
     flops, vocabulary, tokens = plan.CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
     world = None  # the toy world of all seeds; None: each seed has its own
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
-    much = ()  # the flags of other trainings on a set
+    pairs, much = None, ()  # of other trainings on a set: their comparisons, if not all; their flags
     max_new, default_seeds = 40, 3  # max_new: tokens of a sample
     distillation = ("--sequences", 3072)
     given = None  # a language model to start from, in place of those that are trained here
@@ -70,6 +70,9 @@ class Scale:
         self.folder, self.sizes = Path(args.out).resolve() / "runs", args.sizes
         if args.lm:
             self.measure_given_model(args)
+        self.pairs = args.pairs or self.pairs
+        if self.pairs:
+            self.comparisons, self.much = self.pairs, ("--pairs", self.pairs, *self.much)
         self.seeds, self.many_seeds = range(args.seeds), range(args.many_seeds)
         self.size, self.seed = self.sizes[-1], 0
 
@@ -309,8 +312,8 @@ class Small(Scale):
     serves all seeds; --lm gives one that was trained elsewhere in their place."""
     name, default_sizes, without = "small", ("0.8m", "5m"), ("synthetic-transfer",)
     vocabulary, tokens = 8192, 250
-    comparisons, tested, much = 500, 600, ("--pairs", 500, "--batch", 8)
-    amounts, ks = (500, 5000), (1, 2, 4)
+    pairs, tested, much = 500, 600, ("--batch", 8)
+    amounts, ks = (100, 500, 5000), (1, 2, 4)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
     contexts, judged, chosen_for = "hh", "hh", "code"
     learn, lm_tokens = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500), 12.3e6
@@ -373,7 +376,7 @@ class Own(Scale):
         self.sources = {name: None for name in self.files if name != "own"}
         n = sum(1 for _ in read_records(self.files["own"]))
         self.tested = round(self.held_out("own") * n)
-        self.comparisons = n - self.tested
+        self.comparisons = self.pairs or n - self.tested
         # Groups are held out whole, so it is not known yet how many comparisons are left to train on.
         self.amounts = [amount for amount in self.amounts if amount <= 0.8 * self.comparisons]
         self.few = max([amount for amount in self.amounts[:-1] if amount <= 500], default=None)
@@ -399,7 +402,7 @@ class Gpu(Small):
     FILES has the names."""
     name, default_sizes = "gpu", ("13m", "42m", "197m", "810m")
     vocabulary, tokens, flops = 50_000, 300, plan.GPU_FLOPS * plan.UTILISATION / 2
-    comparisons, tested, much, pmp = 20_000, 2000, (), ("--batch", 512, "--binarise")
+    pairs, comparisons, tested, much, pmp = None, 20_000, 2000, (), ("--batch", 512, "--binarise")
     sources, model_written = {name: None for name in Small.sources}, (20_000, 15_000)  # all of each
     learn = ("--tokenizer", "bpe:50000", "--ctx", 2048, "--batch", 2**18, "--compile")
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 1000), 200

@@ -72,8 +72,10 @@ def one_line(text):
 
 
 def is_out_of_memory(error):
-    """True for a MemoryError and for what torch's allocators raise, which is a RuntimeError."""
-    return isinstance(error, MemoryError) or bool(re.search("allocate memory|out of memory", str(error)))
+    """True for a MemoryError, and for the RuntimeErrors of torch's allocators and of oneDNN, which says no more
+    than that it could not create a primitive."""
+    words = "allocate memory|out of memory|could not create a primitive"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def run_main(main):

@@ -101,8 +101,10 @@ def test_an_interrupted_training_is_resumed(tmp_path, lm, comparisons_file):
 def test_each_job_has_a_gpu_or_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(runs, "cores", lambda: 6)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [runs.share(slot, 3, 0) for slot in range(2)] == [{"OMP_NUM_THREADS": "2"}] * 2
+    of_three = {"OMP_NUM_THREADS": "2", "HHH_PROCESSES_PER_DEVICE": "3"}
+    assert [runs.share(slot, 3, 0) for slot in range(2)] == [of_three] * 2
     assert [runs.share(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    assert runs.share(0, 3, 2)["HHH_PROCESSES_PER_DEVICE"] == "2"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # those that the lab itself was given
     assert [runs.share(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "7"]
 
@@ -613,10 +615,23 @@ def test_a_given_model_takes_the_place_of_those_that_are_trained(tmp_path, publi
     rates = set(re.findall(r"--lr (\S+)", done.stdout))
     assert rates == {f"{scales.SMALL_RATE * plan.lm_rate(checkpoint.load(lm)[0].config.d_model):.3g}"}
     args = argparse.Namespace(data=published, lm=lm, sets=["hh"], out=tmp_path, seeds=1, many_seeds=1,
-                              sizes=["0.8m"])
+                              sizes=["0.8m"], pairs=None)
     given = scales.Small(args)
     assert args.sizes == given.sizes == [scales.count_label(checkpoint.load(lm)[0].n_params()[1])]
     assert scales.size_label(given.size) == given.size
+
+
+def test_so_many_comparisons_are_learned_from(tmp_path, published, lm):
+    common = ("ranked-beats-imitation", "--lm", lm, "--dry_run", "--out", tmp_path, "--seeds", 1)
+    published = ("--data", published, "--sets", "hh")
+    for scale, flags, found in (("small", (), ["500"]), ("small", ("--pairs", 70), ["70"]), ("gpu", (), []),
+                                ("own", ("--pairs", 70), ["70"])):
+        data = published if scale != "own" else ("--data", published[1] / "hh-rlhf/harmless-base/test.jsonl")
+        done = run("lab.py", scale, *common, *data, *flags)
+        assert done.returncode == 0, done.stderr
+        trainings = [line for line in done.stdout.splitlines() if "train_pm.py" in line]
+        assert len(trainings) == 2
+        assert all(re.findall(r"--pairs (\d+)", line) == found for line in trainings), scale
 
 
 def tiny_lab(folder, *settings):
