@@ -35,13 +35,15 @@ import functools
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
-import re
 import resource
 import shlex
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,8 +124,6 @@ def main():
         tokenizer = get_tokenizer(args.tokenizer)
         config = Config(*SIZES[args.size], tokenizer.vocab_size, args.ctx)
     dtype = pick_dtype(args.dtype, ranks.device)
-    if ranks.device.type == "cpu":
-        limit_memory()
     result = {"command": shlex.join(["python", *sys.argv]), "machine": machine(ranks.device),
               "model": {"n_layer": config.n_layer, "d_model": config.d_model, "n_head": config.n_head,
                         "vocab_size": config.vocab_size, "dtype": str(dtype).removeprefix("torch.")}}
@@ -149,42 +149,33 @@ def machine(device):
 # Measuring
 
 
-def limit_memory():
-    """Let an allocation fail that this machine has no memory for. Otherwise the system would kill this process,
-    and all that was measured would be lost."""
-    meminfo = Path("/proc/meminfo")
-    available = meminfo.exists() and re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
-    if available:
-        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (int(available[1]) * 1024, hard_limit))
-
-
 def race(candidates, rounds, device):
     """Let all candidates work in turn, round by round.
 
     candidates: {name: (units, work)}. work(r) does so many units (pairs, tokens, …) with round r's data. If
-    it returns a number, that is the seconds to count. Round 0 warms up, and the last round is for memory.
+    it returns something, that is the seconds to count, and GiB. Round 0 warms up; the last round is for memory.
     Returns {name: (units a second in each timed round (rounds,), GiB or None)} of the candidates that did not
-    run out of memory.
+    run out of memory in these.
     """
     running, speeds, memory = dict(candidates), {name: [] for name in candidates}, {}
     for r in range(rounds + 2):
         for name, (units, work) in list(running.items()):
-            gc.collect()  # what the one before has left
             try:
-                if r > rounds:
-                    memory[name] = peak_memory(device, work, r)
-                else:
+                if r <= rounds:
                     begun = clock(device)
-                    seconds = work(r) or clock(device) - begun
+                    seconds, *peak = work(r) or [clock(device) - begun]
+                    memory[name] = max(peak + [memory.get(name, 0)])
                     speeds[name].append(units / seconds)
                     print(f"round {r} of {rounds}, {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
+                elif not memory[name]:
+                    memory[name] = peak_memory(device, work, r)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 print(f"{name}: out of memory", flush=True)
                 del running[name]
-    return {name: (np.array(speeds[name][1:]), memory[name]) for name in running}
+    return {name: (np.array(speeds[name][1:]), memory[name])
+            for name in candidates if len(speeds[name]) == rounds + 1}
 
 
 def clock(device):
@@ -344,56 +335,69 @@ def pair_loss(model, hidden):
 
 
 def trl_candidates(config, dtype, pairs):
-    """{name: candidate} for `race`, where TRL is installed: its RewardTrainer with several batches, as smaller
-    ones pad less and larger ones take fewer steps for as many pairs."""
+    """{name: candidate} for `race`, where TRL is installed: its RewardTrainer on a model of this shape and on
+    the same tokens, with several batches, as smaller ones pad less and larger ones take fewer steps."""
     if not importlib.util.find_spec("trl"):
         return {}
+    tokenizer = pairs.row_format.tokenizer
+    common = (make_config(config, tokenizer), tokenizer.eot, tokenizer.eoc, pairs.row_format.ctx,
+              pairs.device.type, dtype == torch.bfloat16)
+
+    def work(batch, r):
+        ids = [sequence.tolist() for sequence in pairs.sequences(r)]
+        examples = [{"chosen_ids": best, "rejected_ids": worst} for best, worst in zip(ids[::2], ids[1::2])]
+        examples = examples[:pairs.batch // batch * batch]
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                return process.submit(train_with_trl, examples, batch, *common).result()
+            except BrokenProcessPool:
+                raise MemoryError("TRL's process was killed") from None
     batches = sorted({min(n, pairs.batch) for n in (*TRL_BATCHES, pairs.batch)})
-    return {f"TRL RewardTrainer, batch {n}": trl_training(config, dtype, pairs, n) for n in batches}
+    return {f"TRL RewardTrainer, batch {n}": (pairs.batch // n * n, functools.partial(work, n)) for n in batches}
 
 
-def trl_training(config, dtype, pairs, batch):
-    """(pairs, work) for `race`: TRL's RewardTrainer on a model of this shape, on the same tokens.
+def train_with_trl(examples, batch, shape, eot, eoc, ctx, device_type, bf16):
+    """(seconds, GiB at most, with the weights) of TRL's steps through the examples, with its own settings, but
+    without checkpointing of activations, logs and files, which only take time.
 
-    Its settings are its own, but without checkpointing of activations, logs and files, which only take time.
+    It has a process of its own, as some of its memory stays taken when it has run out of it. The system then
+    kills this process first.
     """
     import datasets
     import tokenizers
     import transformers
     import trl
+    oom_score = Path("/proc/self/oom_score_adj")
+    if oom_score.exists():
+        oom_score.write_text("1000")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    eot, eoc = pairs.row_format.tokenizer.eot, pairs.row_format.tokenizer.eoc
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eot>": eot, "<eoc>": eoc}, "<eot>"))
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<eot>", eos_token="<eoc>")
-    shape = transformers.AutoConfig.for_model(**make_config(config, pairs.row_format.tokenizer))
-    n_steps = pairs.batch // batch
-    times = []  # when each step ended
+    device, times = torch.device(device_type), []  # when each step ended
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            times.append(clock(pairs.device))
+            times.append(clock(device))
 
-    def work(r):
-        ids = [sequence.tolist() for sequence in pairs.sequences(r)]
-        examples = [{"chosen_ids": best, "rejected_ids": worst} for best, worst in zip(ids[::2], ids[1::2])]
-        examples = examples[:batch] + examples  # the first step warms up and is not timed
-        times.clear()
-        with tempfile.TemporaryDirectory() as folder:
-            settings = trl.RewardConfig(
-                output_dir=folder, per_device_train_batch_size=batch, max_steps=1 + n_steps,
-                max_length=pairs.row_format.ctx, bf16=dtype == torch.bfloat16,
-                use_cpu=pairs.device.type == "cpu", gradient_checkpointing=False, logging_strategy="no",
-                train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True)
-            with pairs.device:
-                model = transformers.AutoModelForSequenceClassification.from_config(shape)
-            dataset = datasets.Dataset.from_list(examples)
-            reward_trainer = trl.RewardTrainer(
-                model, settings, train_dataset=dataset, processing_class=words, callbacks=[Clock()])
-            reward_trainer.remove_callback(transformers.PrinterCallback)
-            reward_trainer.train()
-        return times[-1] - times[0]
-    return n_steps * batch, work
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.RewardConfig(
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=1 + len(examples) // batch,
+            max_length=ctx, bf16=bf16, use_cpu=device_type == "cpu", gradient_checkpointing=False,
+            logging_strategy="no", train_sampling_strategy="sequential", save_strategy="no", report_to="none",
+            disable_tqdm=True)
+        with device:
+            model = transformers.AutoModelForSequenceClassification.from_config(
+                transformers.AutoConfig.for_model(**shape))
+        dataset = datasets.Dataset.from_list(examples[:batch] + examples)  # the first step only warms up
+        reward_trainer = trl.RewardTrainer(
+            model, settings, train_dataset=dataset, processing_class=words, callbacks=[Clock()])
+        reward_trainer.remove_callback(transformers.PrinterCallback)
+        reward_trainer.train()
+    if device_type == "cuda":
+        return times[-1] - times[0], torch.cuda.max_memory_allocated() / 2**30
+    return times[-1] - times[0], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------------------

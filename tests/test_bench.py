@@ -111,9 +111,9 @@ def test_a_candidate_that_runs_out_of_memory_drops_out(capsys):
     def greedy(r):
         if r == 1:
             torch.empty(2**55)
-    work = {"small": (1, lambda r: 0.5), "greedy": (1, greedy)}
+    work = {"small": (1, lambda r: (0.5, 3)), "greedy": (1, greedy)}
     figures = bench.race(work, rounds=2, device=torch.device("cpu"))
-    assert list(figures) == ["small"] and list(figures["small"][0]) == [2, 2]
+    assert list(figures) == ["small"] and list(figures["small"][0]) == [2, 2] and figures["small"][1] == 3
     assert capsys.readouterr().out == "greedy: out of memory\n"
     row = bench.table("Title", "pairs", figures, {"x greedy": ["greedy"], "x both": ["small", "greedy"]})["small"]
     assert "ratio_x greedy" not in row and row["ratio_x both"] == 1
