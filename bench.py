@@ -172,7 +172,7 @@ def race(candidates, rounds, device):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                print(f"{name}: out of memory", flush=True)
+                print(f"{name}: out of memory ({str(error)[:100]})", flush=True)
                 del running[name]
     return {name: (np.array(speeds[name][1:]), memory[name])
             for name in candidates if len(speeds[name]) == rounds + 1}
@@ -317,7 +317,11 @@ class Pairs:
 
     def padded_loss(self, model, r):
         sequences = self.sequences(r)
-        hidden = model(pad_sequence(sequences, batch_first=True).to(self.device))  # (2 B, T, d)
+        tokens = pad_sequence(sequences, batch_first=True).to(self.device)  # (2 B, T)
+        need = tokens.numel() * plan.token_bytes(model.config, self.device)
+        if need > device_memory(self.device):  # the system would kill this process
+            raise MemoryError(f"{tokens.numel():,} tokens take about {need / 2**30:.0f} GiB")
+        hidden = model(tokens)  # (2 B, T, d)
         return pair_loss(model, torch.stack([own[len(ids) - 1] for own, ids in zip(hidden, sequences)]))
 
     def packed_loss(self, model, r):
