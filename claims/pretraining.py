@@ -131,7 +131,8 @@ def human_vs_model_pairs(lab):
                                  held_out=0.05, comparisons=contexts)
         return one.run(
             "-m data.prepare human-vs-model", "--raw", source, "--model", imitation, "--contexts", contexts,
-            "--max_new", one.max_new, "--seed", one.seed, seconds=0.002 * contexts * one.max_new)
+            "--max_new", one.max_new, "--seed", one.seed,
+            seconds=one.sampling_seconds(contexts, 1, one.max_new))
 
     def on_model_written(one):
         return one.train_pm(one.lm(), "--data", model_written(one), "--lm_weight", 1, *flags, held_out=0.05,

@@ -72,7 +72,7 @@ def elo_ranks(lab):
         players = {"plain": draw(one, one.lm()), "prompted": draw(one, one.lm(), prompted=True),
                    "distilled": draw(one, one.distilled())}
         return one.run("evaluate.py", "elo", "--judge", one.pm(one.judged), "--names", *players,
-                       "--samples", *players.values(), seconds=10)
+                       "--samples", *players.values(), seconds=max(10, one.seconds(600 * one.tokens, 2)))
     games = lab.arm(play)[""]
     judges = lab.arm(lambda one: one.accuracy(one.pm(one.judged), one.judged, no_context=True))[""]
     yield games, judges
@@ -162,7 +162,8 @@ def code_tax(lab):
     (MBPP, pass@1); large ones do not."""
     def passing(one, *flags):
         return one.evaluate("mbpp", one.lm(), "--data", one.data("mbpp"), "--problems", 30, "--n", 4,
-                            "--k", 1, "--max_new", 120, "--seed", one.seed, *flags, tokens=10**6)
+                            "--k", 1, "--max_new", 120, "--seed", one.seed, *flags,
+                            seconds=one.sampling_seconds(30, 4, 120))
     arms = {"plain": lab.by_size(passing),
             "prompted": lab.by_size(lambda one: passing(one, "--prompt", "code", *one.prompt[2:]))}
     yield arms

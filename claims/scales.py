@@ -206,11 +206,17 @@ class Scale:
                               *flags, held_out=self.held_out(name), comparisons=n)
         return self.accuracy(tuned, name)
 
+    def sampling_seconds(self, contexts, n, max_new):
+        """An estimate: small models take what each step of sampling takes; with larger ones the tokens count,
+        and a token takes four times as long as one of a long row."""
+        steps = 0.002 * contexts * n**0.5 * max_new
+        return max(steps, self.seconds(contexts * (n * max_new + self.tokens / 2), 8))
+
     def sampled(self, benchmark, model, contexts, *flags, n=1, prompted=False):
         """A benchmark that writes n texts for each context."""
         return self.evaluate(
             benchmark, model, *flags, "--n", n, "--max_new", self.max_new, "--seed", self.seed,
-            prompted=prompted, seconds=contexts * n**0.5 * self.max_new * 0.002)
+            prompted=prompted, seconds=self.sampling_seconds(contexts, n, self.max_new))
 
     def hhh(self, model, prompted=False):
         return self.evaluate("hhh", model, "--data", self.data("hhh"), prompted=prompted)
