@@ -193,11 +193,18 @@ def peak_memory(device, work, r):
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier candidates have freed
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work(r)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def trim_heap():
+    """Give back to the system what earlier candidates have freed."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
 
 
 def table(title, unit, figures, baselines, more={}):
@@ -351,6 +358,7 @@ def trl_candidates(config, dtype, pairs):
         ids = [sequence.tolist() for sequence in pairs.sequences(r)]
         examples = [{"chosen_ids": best, "rejected_ids": worst} for best, worst in zip(ids[::2], ids[1::2])]
         examples = examples[:pairs.batch // batch * batch]
+        trim_heap()
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             try:
                 return process.submit(train_with_trl, examples, batch, *common).result()
