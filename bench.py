@@ -37,6 +37,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import sys
@@ -392,7 +393,7 @@ def train_with_trl(examples, batch, shape, eot, eoc, ctx, device_type, bf16):
         def on_step_end(self, *_, **__):
             times.append(clock(device))
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak()
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.RewardConfig(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=1 + len(examples) // batch,
@@ -409,7 +410,16 @@ def train_with_trl(examples, batch, shape, eot, eoc, ctx, device_type, bf16):
         reward_trainer.train()
     if device_type == "cuda":
         return times[-1] - times[0], torch.cuda.max_memory_allocated() / 2**30
-    return times[-1] - times[0], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return times[-1] - times[0], (own_peak() - before) / 2**20
+
+
+def own_peak():
+    """KiB that this process has held at most. What getrusage says also counts what the process that started it
+    held; but only Linux tells more."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ------------------------------------------------------------------------------------------------------------
