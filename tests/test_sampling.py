@@ -11,7 +11,7 @@ from data.packing import RowFormat
 from evals import pm
 from kv_cache import read
 from model import GPT, Config
-from sampling import TextSample, TokenSample, generate, next_tokens, stream
+from sampling import LIKELIEST, TextSample, TokenSample, generate, next_tokens, stream
 
 PROMPTS = [list(range(7)), [9, 8], list(range(30, 53)), [9, 8], [5] * 12]
 
@@ -120,6 +120,19 @@ def test_top_p_and_temperature():
     assert next_tokens(p.log(), 0, 1.0, u).unique().tolist() == [0]
     cold = next_tokens(p.log(), 0.5, 1.0, u).bincount(minlength=4) / 2000
     assert torch.allclose(cold, p[0] ** 2 / (p[0] ** 2).sum(), atol=0.05)
+
+
+def test_top_p_of_a_large_vocabulary():
+    """The same tokens as by sorting all of it, for rows that few tokens fill and for flat ones."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 2000, generator=generator) * torch.linspace(0, 8, 64)[:, None]
+    u = torch.rand(64, dtype=torch.float64, generator=generator)
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    p = p.double()
+    nucleus = (p.cumsum(-1) - p) < 0.9
+    assert (nucleus.sum(1) > LIKELIEST).any() and (nucleus.sum(1) < LIKELIEST).any()
+    place = ((p * nucleus).cumsum(-1) <= u[:, None] * (p * nucleus).sum(-1, keepdim=True)).sum(1)
+    assert next_tokens(logits, 1.0, 0.9, u).tolist() == order.gather(1, place[:, None])[:, 0].tolist()
 
 
 def test_the_largest_random_number_takes_no_impossible_token():
