@@ -202,24 +202,29 @@ STOPS = {"plain": ENDS, "prompt": ENDS + ("\n```", "\n\nHuman:")}  # by format
 
 
 def format_prompt(problem, format):
-    """The text that a model continues with the function's body. format: "plain", the code alone; "prompt", a
-    new conversation that follows those of a prompt."""
+    """The text that a model continues with a newline and the function's body. format: "plain", the code alone;
+    "prompt", a new conversation that follows those of a prompt.
+
+    Most tokenizers have tokens of a newline and the spaces after it. A text that ended with the newline would
+    leave the spaces alone, which a model of such tokens has hardly ever seen there.
+    """
+    prompt = problem.prompt.removesuffix("\n")
     if format == "plain":
         if not problem.buggy:
-            return problem.prompt
+            return prompt
         return (f"# This function has a bug.\n\n{problem.buggy}\n\n"
-                f"# The same function without the bug.\n\n{problem.prompt}")
+                f"# The same function without the bug.\n\n{prompt}")
     if format != "prompt":
         raise ValueError(f"the format must be plain or prompt, found {format!r}")
     request = "fix the bug in this" if problem.buggy else "complete the body of this"
     return (f"\n\nHuman: Please {request} Python function:"
-            f"\n\n```python\n{(problem.buggy or problem.prompt).strip()}\n```"
-            f"\n\nAssistant: Here it is:\n\n```python\n{problem.prompt.lstrip()}")
+            f"\n\n```python\n{(problem.buggy or prompt).strip()}\n```"
+            f"\n\nAssistant: Here it is:\n\n```python\n{prompt.lstrip()}")
 
 
 def cut(completion, format):
-    """The part of a sampled completion that belongs to the function's body."""
-    text = "\n" + completion
+    """The function's body in a sampled completion, without the newline before it."""
+    text = "\n" + completion.removeprefix("\n")
     ends = [text.find(stop) for stop in STOPS[format] if stop in text]
     return text[1:min(ends, default=len(text))]
 

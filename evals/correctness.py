@@ -106,7 +106,7 @@ def records(paths, args, count):
         order = random.Random(f"{args.seed} {task.problem.id} order")
         shuffled = order.sample(list(zip(task.bodies, row)), len(row))
         yield {"context": code.format_prompt(task.problem, args.format),
-               "completions": [text for text, _ in shuffled],
+               "completions": ["\n" + body for body, _ in shuffled],
                "scores": [int(outcome.passed) for _, outcome in shuffled], "group": task.problem.id}
 
 

