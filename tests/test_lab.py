@@ -295,7 +295,7 @@ def made_up(tmp_path, monkeypatch):
         monkeypatch.setattr(Run, "items", lambda run: result(run)[1])
 
         class args:
-            out, data, lm, sets = tmp_path, tmp_path, None, scales.RANKED + scales.BINARY
+            out, data, lm, pairs, sets = tmp_path, tmp_path, None, None, scales.RANKED + scales.BINARY
         args.seeds, args.many_seeds, args.sizes = seeds, seeds, list(sizes)
         scale = Published if name in scales.Toy.without else Invented
         claim = lab.CLAIMS[name](scale(args))
@@ -681,7 +681,7 @@ def test_flags_that_do_not_go_with_a_scale_are_refused(flags, why):
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
     """With the steps and amounts of a test; verdicts are printed as soon as their runs are done."""
     script = tiny_lab(
-        tmp_path, "scales.Small.few, scales.Small.much = 20, ('--steps', 2)",
+        tmp_path, "scales.Small.few, scales.Small.pairs, scales.Small.much = 20, 20, ('--steps', 2)",
         "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
         "scales.Small.pmp = ('--batch', 8, '--steps', 2)")
     claims = ("calibration", "pmp-sample-efficiency", "code-tax")
