@@ -158,17 +158,17 @@ def race(candidates, rounds, device):
     Returns {name: (units a second in each timed round (rounds,), GiB or None)} of the candidates that did not
     run out of memory in these.
     """
-    running, speeds, memory = dict(candidates), {name: [] for name in candidates}, {}
+    running, speeds, memory = dict(candidates), {name: [] for name in candidates}, dict.fromkeys(candidates)
     for r in range(rounds + 2):
         for name, (units, work) in list(running.items()):
             try:
                 if r <= rounds:
                     begun = clock(device)
                     seconds, *peak = work(r) or [clock(device) - begun]
-                    memory[name] = max(peak + [memory.get(name, 0)])
+                    memory[name] = max(peak + [memory[name] or 0]) if peak else None
                     speeds[name].append(units / seconds)
                     print(f"round {r} of {rounds}, {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
-                elif not memory[name]:
+                elif memory[name] is None:
                     memory[name] = peak_memory(device, work, r)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -196,9 +196,18 @@ def peak_memory(device, work, r):
         return None
     trim_heap()
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak()
     work(r)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return (own_peak() - before) / 2**20
+
+
+def own_peak():
+    """KiB that this process has held at most. What getrusage says also counts what the process that started it
+    held; but only Linux tells more."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def trim_heap():
@@ -327,7 +336,7 @@ class Pairs:
         sequences = self.sequences(r)
         tokens = pad_sequence(sequences, batch_first=True).to(self.device)  # (2 B, T)
         need = tokens.numel() * plan.token_bytes(model.config, self.device)
-        if need > device_memory(self.device):  # the system would kill this process
+        if self.device.type == "cpu" and need > device_memory(self.device):  # the system would kill this process
             raise MemoryError(f"{tokens.numel():,} tokens take about {need / 2**30:.0f} GiB")
         hidden = model(tokens)  # (2 B, T, d)
         return pair_loss(model, torch.stack([own[len(ids) - 1] for own, ids in zip(hidden, sequences)]))
@@ -411,15 +420,6 @@ def train_with_trl(examples, batch, shape, eot, eoc, ctx, device_type, bf16):
     if device_type == "cuda":
         return times[-1] - times[0], torch.cuda.max_memory_allocated() / 2**30
     return times[-1] - times[0], (own_peak() - before) / 2**20
-
-
-def own_peak():
-    """KiB that this process has held at most. What getrusage says also counts what the process that started it
-    held; but only Linux tells more."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ------------------------------------------------------------------------------------------------------------

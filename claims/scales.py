@@ -382,9 +382,10 @@ class Own(Scale):
         self.sources = {name: None for name in self.files if name != "own"}
         n = sum(1 for _ in read_records(self.files["own"]))
         self.tested = round(self.held_out("own") * n)
-        self.comparisons = self.pairs or n - self.tested
+        left = n - self.tested
+        self.comparisons = self.pairs or left
         # Groups are held out whole, so it is not known yet how many comparisons are left to train on.
-        self.amounts = [amount for amount in self.amounts if amount <= 0.8 * self.comparisons]
+        self.amounts = [amount for amount in self.amounts if amount <= 0.8 * left]
         self.few = max([amount for amount in self.amounts[:-1] if amount <= 500], default=None)
         self.large = self.targets if self.few else ()
 

@@ -117,6 +117,8 @@ def test_a_candidate_that_runs_out_of_memory_drops_out(capsys):
     assert capsys.readouterr().out.startswith("greedy: out of memory (")
     row = bench.table("Title", "pairs", figures, {"x greedy": ["greedy"], "x both": ["small", "greedy"]})["small"]
     assert "ratio_x greedy" not in row and row["ratio_x both"] == 1
+    late = {"late": (1, lambda r: torch.empty(2**55) if r == 2 else (0.5,))}  # where memory is measured
+    assert bench.race(late, rounds=1, device=torch.device("cpu"))["late"][1] is None  # not known, and not 0
     with pytest.raises(RuntimeError, match="shape"):  # any other error is one
         bench.race({"broken": (1, lambda r: torch.zeros(2).view(3))}, 1, torch.device("cpu"))
 

@@ -184,7 +184,8 @@ BODY = "    x = '#'\n    if x:\n        print(x)  # shown\n    # so\n    def g()
     "print(f(1))", "@wraps", "\n\n# x\ndef y"])
 def test_a_completion_ends_with_its_function(after):
     for format in ("plain", "prompt"):
-        assert code.cut(f"\n{BODY}{after}", format).rstrip() == BODY.rstrip()
+        for newline in ("\n", ""):
+            assert code.cut(newline + BODY + after, format).rstrip() == BODY.rstrip()
         assert code.cut("\n" + BODY, format) == code.cut(BODY, format) == BODY
         assert code.cut("", format) == code.cut(after.strip(), format) == ""
 
