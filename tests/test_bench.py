@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 from conftest import run, run_well, slow, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 from data.comparisons import load_comparisons
 from data.tokenizer import get_tokenizer
 from model import GPT, Config
+from speed import language_models, preference_models
+from speed.paper_sizes import step_flops
+from speed.race import race, table
 from train_lm import window_loss
 
 TINY = ("--size", "test", "--ctx", 256, "--batch", 12, "--lm_batch", 1024, "--prompt_tokens", 300,
@@ -98,7 +100,7 @@ def test_each_layout_computes_what_its_name_says(measured, data):
 def test_ratios_are_taken_within_a_round(capsys):
     """The machine is slow in the second round, which must not show in the ratio."""
     figures = {"slow": (np.array([10.0, 1.0, 12.0]), 2.0), "fast": (np.array([20.0, 3.0, 24.0]), None)}
-    rows = bench.table("Title", "pairs", figures, {"x slow": ["slow"]}, more={"tokens": ("{:,.0f}", {"fast": 7})})
+    rows = table("Title", "pairs", figures, {"x slow": ["slow"]}, more={"tokens": ("{:,.0f}", {"fast": 7})})
     fast = rows["fast"]
     assert (fast["pairs_per_second"], fast["min"], fast["max"]) == (20, 3, 24)
     assert fast["ratio_x slow"] == 2 and fast["range_x slow"] == [2, 3]
@@ -112,22 +114,22 @@ def test_a_candidate_that_runs_out_of_memory_drops_out(capsys):
         if r == 1:
             torch.empty(2**55)
     work = {"small": (1, lambda r: (0.5, 3)), "greedy": (1, greedy)}
-    figures = bench.race(work, rounds=2, device=torch.device("cpu"))
+    figures = race(work, rounds=2, device=torch.device("cpu"))
     assert list(figures) == ["small"] and list(figures["small"][0]) == [2, 2] and figures["small"][1] == 3
     assert capsys.readouterr().out.startswith("greedy: out of memory (")
-    row = bench.table("Title", "pairs", figures, {"x greedy": ["greedy"], "x both": ["small", "greedy"]})["small"]
+    row = table("Title", "pairs", figures, {"x greedy": ["greedy"], "x both": ["small", "greedy"]})["small"]
     assert "ratio_x greedy" not in row and row["ratio_x both"] == 1
     late = {"late": (1, lambda r: torch.empty(2**55) if r == 2 else (0.5,))}  # where memory is measured
-    assert bench.race(late, rounds=1, device=torch.device("cpu"))["late"][1] is None  # not known, and not 0
+    assert race(late, rounds=1, device=torch.device("cpu"))["late"][1] is None  # not known, and not 0
     with pytest.raises(RuntimeError, match="shape"):  # any other error is one
-        bench.race({"broken": (1, lambda r: torch.zeros(2).view(3))}, 1, torch.device("cpu"))
+        race({"broken": (1, lambda r: torch.zeros(2).view(3))}, 1, torch.device("cpu"))
 
 
 def test_a_padded_row_that_cannot_fit_is_not_begun(data, monkeypatch):
     tokenizer = get_tokenizer("bytes")
-    pairs = bench.Pairs(SimpleNamespace(ctx=80, batch=12), load_comparisons([data], tokenizer), tokenizer,
-                        torch.device("cpu"))
-    monkeypatch.setattr(bench, "device_memory", lambda device: 2**20)
+    args = SimpleNamespace(ctx=80, batch=12)
+    pairs = preference_models.Pairs(args, load_comparisons([data], tokenizer), tokenizer, torch.device("cpu"))
+    monkeypatch.setattr(preference_models, "device_memory", lambda device: 2**20)
     with pytest.raises(MemoryError, match=r"[\d,]+ tokens take about \d+ GiB"):
         pairs.padded_loss(GPT(Config(2, 64, 2, 320, 80, value_head=True)), 0)
 
@@ -135,7 +137,7 @@ def test_a_padded_row_that_cannot_fit_is_not_begun(data, monkeypatch):
 def test_all_layouts_give_the_same_loss_and_gradient(data):
     tokenizer = get_tokenizer("bytes")
     args = SimpleNamespace(ctx=80, batch=12)  # some contexts are cut
-    pairs = bench.Pairs(args, load_comparisons([data], tokenizer), tokenizer, torch.device("cpu"))
+    pairs = preference_models.Pairs(args, load_comparisons([data], tokenizer), tokenizer, torch.device("cpu"))
     model = GPT(Config(2, 64, 2, 320, 80, value_head=True)).init_weights(seed=0).double()
     model.dtype = torch.float64
     found = []
@@ -152,9 +154,9 @@ def test_all_layouts_give_the_same_loss_and_gradient(data):
 def test_the_plain_loop_computes_the_same_loss():
     config = Config(2, 64, 2, 320, 32)
     windows = torch.from_numpy(np.random.default_rng(0).integers(320, size=(3, 33)))
-    plain, model = (kind(config).init_weights(seed=0) for kind in (bench.PlainGPT, GPT))
+    plain, model = (kind(config).init_weights(seed=0) for kind in (language_models.PlainGPT, GPT))
     expected = window_loss(model, windows)
-    torch.testing.assert_close(bench.dense_loss(plain, windows), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(language_models.dense_loss(plain, windows), expected, rtol=1e-5, atol=0)
 
 
 @slow
@@ -199,4 +201,4 @@ def test_a_step_takes_two_flops_for_each_product_of_two_numbers_and_as_many_agai
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     # The definition of attention computes all 4 x 4 scores. The first block's input needs a gradient as well.
-    assert bench.step_flops(config, 1, n_tokens=4, n_seen=16) == counter.get_total_flops()
+    assert step_flops(config, 1, n_tokens=4, n_seen=16) == counter.get_total_flops()
