@@ -9,7 +9,7 @@ import torch
 
 from data.errors import InputError, between, positive
 from model import SIZES, Config, GPT
-from ranks import device_memory, part_of
+from ranks import device_memory, part_of, processes_per_device
 from simulation import PARTS, NotSimulated, memory, simulate
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,9 +174,11 @@ def fit_shard(args, ranks, model):
                          f"{ranks.world}")
     need = state_bytes(model, args.shard)
     if need > have:
+        jobs = processes_per_device()
+        each, fewer = (f" for each of {jobs} runs", "lab.py fewer --jobs, ") if jobs > 1 else ("", "")
         raise InputError(f"weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this "
-                         f"{ranks.device.type} has {have / 2**30:,.0f}; give a smaller --size, or more ranks and "
-                         "--shard auto")
+                         f"{ranks.device.type} has {have / 2**30:,.0f}{each}; give {fewer}a smaller --size, or "
+                         "more ranks and --shard auto")
 
 
 def fresh_model(args, tokenizer, ctx, ranks, value_head=False):

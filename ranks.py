@@ -235,7 +235,12 @@ def device_memory(device):
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // int(os.environ.get("HHH_PROCESSES_PER_DEVICE", 1))
+    return memory // processes_per_device()
+
+
+def processes_per_device():
+    """How many of lab.py's runs (--jobs) share a device with this one, itself included."""
+    return int(os.environ.get("HHH_PROCESSES_PER_DEVICE", 1))
 
 
 def check_compiler(device):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run_ranks, run_well, slow
+from conftest import ROOT, make_model, run_ranks, run_refused, run_well, slow
 from peaks import compared
 
 import plan
@@ -125,6 +125,15 @@ def test_the_default_micro_batch_shrinks_with_the_model(monkeypatch):
         return plan.micro_tokens(args, meta_model(size), torch.device("cpu"))
     small, large, recomputed = default("0.8m"), default("197m"), default("197m", recompute=True)
     assert 256 < large < recomputed <= small == 8192
+
+
+def test_a_model_that_cannot_fit_is_refused(text_file, tmp_path):
+    """Runs of lab.py that share the device are told of that."""
+    flags = ("train_lm.py", "--data", text_file, "--size", "52b", "--tokenizer", "bytes", "--out",
+             tmp_path / "out")
+    assert "; give a smaller --size" in run_refused(*flags)
+    line = run_refused(*flags, HHH_PROCESSES_PER_DEVICE="4")
+    assert " for each of 4 runs; give lab.py fewer --jobs, a smaller --size" in line
 
 
 def test_the_papers_commands_are_accepted(monkeypatch, capsys):
