@@ -222,6 +222,7 @@ def ratings(args):
     """Elo ratings of models from A/B games, by maximum likelihood, leaving out ties, with bootstrap intervals
     (Section 2). A preference model that judges makes a game of each context that two players continued: A
     wins with P(A > B) = sigmoid(r_A - r_B), so that one unit of reward is 400 / ln 10 = 174 Elo."""
+    contexts = None
     if args.games and not args.judge:
         games = elo.read_games(args.games)
     elif args.games or not args.judge or not args.samples:
@@ -232,9 +233,11 @@ def ratings(args):
             raise InputError("--samples needs at least two files, each with a name of its own, found "
                              f"{', '.join(names)}")
         rewards, _ = reward_function(args.judge, args)
-        games = elo.judged_games(rewards, dict(zip(names, args.samples)))
+        games, contexts = elo.judged_games(rewards, dict(zip(names, args.samples)))
     items = [{"model_a": a, "model_b": b, "winner": winner} for a, b, winner in games]
-    return {"benchmark": "elo", **elo.report(games, args.seed)}, items
+    for item, context in zip(items, contexts or []):
+        item["context"] = context
+    return {"benchmark": "elo", **elo.report(games, args.seed, contexts)}, items
 
 
 if __name__ == "__main__":

@@ -46,8 +46,11 @@ def figure_of(key):
 
 
 def choice_right(rule, category=None, hit=choices.hit):
-    """A score of multiple-choice runs: 1 where the best choice by the rule is the right one."""
-    return lambda run: {item["item"]: (hit(np.array(item["scores"]), np.array(item[rule])), item["group"])
+    """A score of multiple-choice runs: 1 where the best choice by the rule is the right one. "longest" is the
+    ruler that takes the longest choice."""
+    def scores(item):
+        return np.array(list(map(len, item["completions"])) if rule == "longest" else item[rule])
+    return lambda run: {item["item"]: (hit(np.array(item["scores"]), scores(item)), item["group"])
                         for item in run.items() if category in (None, item.get("category"))}
 
 
@@ -86,6 +89,12 @@ class Estimate(NamedTuple):
     data: str = ""
 
 
+def student(n):
+    """Student's 97.5 % quantile for the mean of n numbers. Above ten it is a series in 1 / (n - 1), right to
+    0.01, which begins with the normal distribution's 1.96."""
+    return STUDENT.get(n) or 1.96 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2
+
+
 def mean(arm_values, scale=100, baseline=0.0):
     """The Estimate of how far the mean of an arm's values over items, seeds and sets is above the baseline,
     times the scale: 100 gives points.
@@ -93,12 +102,13 @@ def mean(arm_values, scale=100, baseline=0.0):
     Seeds that gave the same values are one model, scored several times, and count once."""
     by_seed = list(zip(*arm_values.values()))  # for each seed the items of every set
     by_seed = [row for number, row in enumerate(by_seed) if row not in by_seed[:number]]
-    errors, n_items, n_groups = [], 0, 0
+    errors, n_items, n_groups = [], 0, []
     for seeds in zip(*by_seed):
         rows = [(scale * value, 1 / len(items), group) for items in seeds for value, group in items.values()]
         value, weight, group = map(np.array, zip(*rows))
         errors.append(pm.mean_and_error(value, weight, group)[1])
-        n_items, n_groups = n_items + len(seeds[0]), n_groups + len(set(group))
+        n_items += len(seeds[0])
+        n_groups.append(len(set(group)))
     means = np.array([np.mean([item_mean(items) for items in row]) for row in by_seed])
     return joined(scale * (means - baseline), errors, n_items, n_groups)
 
@@ -113,18 +123,20 @@ def seed_means(arm_values, scale=100):
 
 
 def joined(by_seed, errors, n_items, n_groups):
-    """The Estimate of the mean of one number for each seed, given each set's standard error by group.
+    """The Estimate of the mean of one number for each seed, given each set's standard error by group and its
+    number of groups.
 
-    The half-widths over groups and over seeds (Student's) are joined like those of independent things. With a
-    single seed, or without groups, the interval is over the other alone."""
+    The half-widths over groups and over seeds, both Student's, are joined like those of independent things.
+    With a single seed, or without groups, the interval is over the other alone. If one of several sets has a
+    single group, nothing tells how far its groups differ, and there is no interval."""
     n_seeds, halves = len(by_seed), {}
-    if n_groups > 1:
-        error = math.sqrt(np.nansum(np.square(errors))) / len(errors)  # of a mean of independent sets
-        halves["groups"] = 1.96 * error
+    if max(n_groups) > 1:
+        half = [student(n) * error if n > 1 else math.inf for n, error in zip(n_groups, errors)]
+        halves["groups"] = math.hypot(*half) / len(half)  # of a mean of independent sets
     if n_seeds > 1:
-        halves["seeds"] = STUDENT.get(n_seeds, 2.2) * np.std(by_seed, ddof=1) / math.sqrt(n_seeds)
+        halves["seeds"] = student(n_seeds) * np.std(by_seed, ddof=1) / math.sqrt(n_seeds)
     middle, half = np.mean(by_seed), math.hypot(*halves.values()) if halves else math.inf
-    data = f"{n_items:,} items in {n_groups:,} groups, " if n_groups > 1 else ""
+    data = f"{n_items:,} items in {sum(n_groups):,} groups, " if max(n_groups) > 1 else ""
     data += f"{n_seeds} seed{'s' * (n_seeds > 1)}"
     return Estimate(middle, middle - half, middle + half, " and ".join(halves), data)
 
@@ -152,12 +164,13 @@ def resample(n):
 def overconfidence(arm):
     """The Estimate of how much less often preference models are right where they give a probability of 75 %,
     in points; below 0 they are right more often. The interval over groups is a bootstrap's."""
-    by_set, errors, n_items, n_groups = [], [], 0, 0
+    by_set, errors, n_items, n_groups = [], [], 0, []
     for runs in arm.values():
         by_seed, resampled = zip(*map(surplus_at_75, runs))
         by_set.append(by_seed)
         errors.append(np.mean(resampled, axis=0).std())
-        n_items, n_groups = n_items + runs[0].figures["n"], n_groups + runs[0].figures["groups"]
+        n_items += runs[0].figures["n"]
+        n_groups.append(runs[0].figures["groups"])
     return joined(np.mean(by_set, axis=0), errors, n_items, n_groups)
 
 
@@ -186,29 +199,14 @@ def elo_difference(runs, first, second):
     """The Estimate of a player's Elo minus another's; the interval over contexts is a bootstrap's."""
     by_seed, resampled = [], []
     for run in runs:
-        names, shares = games_by_context(run.items())
-        counts = np.concatenate([np.ones((1, len(shares))), resample(len(shares))])
-        elos = elo.fit(np.tensordot(counts, shares, 1))
+        games = [(game["model_a"], game["model_b"], game["winner"]) for game in run.items()]
+        names, wins = elo.wins_by_context(games, [game["context"] for game in run.items()])
+        counts = np.concatenate([np.ones((1, len(wins))), resample(len(wins))])
+        elos = elo.fit(np.tensordot(counts, wins, 1))
         difference = elos[:, names.index(first)] - elos[:, names.index(second)]
         by_seed.append(difference[0])
         resampled.append(difference[1:])
-    return joined(by_seed, [np.mean(resampled, axis=0).std()], len(shares), len(shares))
-
-
-def games_by_context(games):
-    """(names, shares (contexts, n, n)): what part of the game in each context player i won against player
-    j."""
-    pairs = {}
-    for game in games:
-        pairs.setdefault((game["model_a"], game["model_b"]), []).append(game["winner"])
-    if len(set(map(len, pairs.values()))) > 1:
-        raise InputError("the players did not all continue the same contexts")
-    names = sorted({name for pair in pairs for name in pair})
-    shares = np.zeros((len(games) // len(pairs), len(names), len(names)))
-    for (a, b), won in pairs.items():
-        shares[:, names.index(a), names.index(b)] = won
-        shares[:, names.index(b), names.index(a)] = 1 - np.array(won)
-    return names, shares
+    return joined(by_seed, [np.mean(resampled, axis=0).std()], len(wins), [len(wins)])
 
 
 def beyond_rulers(runs):
@@ -218,7 +216,7 @@ def beyond_rulers(runs):
     ruler = max(("longer_wins", "shorter_wins"), key=lambda name: sum(seed[name] for seed in figures))
     gains = [100 * (seed["accuracy"] - seed[ruler]) for seed in figures]
     errors = [100 * math.hypot(seed["accuracy_se"], seed[f"{ruler}_se"]) for seed in figures]
-    return joined(gains, [np.mean(errors)], figures[0]["n"], figures[0]["groups"])
+    return joined(gains, [np.mean(errors)], figures[0]["n"], [figures[0]["groups"]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,11 +241,11 @@ class Finding:
 def finding(what, sign, estimate, unit="points", within=3.0):
     """The Finding that a difference is above 0 (sign >), is about 0 (=) or is not above 0 (<=).
 
-    About 0 means that the interval lies within so much of 0, whether or not 0 is in it; an interval that does
-    not, and has no 0 in it, speaks against it. Not above 0 means not above it by more than so much."""
+    A difference of up to `within` counts as none. So "about 0" holds if the whole interval is within that of
+    0, whether or not 0 is in it, and does not hold if the whole interval is beyond. "Not above 0" is alike."""
     low, high = estimate.low, estimate.high
     holds = {">": low > 0, "=": -within < low and high < within, "<=": high < within}[sign]
-    fails = {">": high < 0, "=": low > 0 or high < 0, "<=": low > 0}[sign]
+    fails = {">": high < 0, "=": low > within or high < -within, "<=": low > within}[sign]
     verdict = "holds" if holds else "does not hold" if fails else "cannot tell"
     return Finding(what, *estimate, verdict, unit, 0.0 if sign == ">" else within)
 
@@ -305,8 +303,9 @@ class Outcome:
     """What a claim found.
 
     parts: Findings on all that its sentence says. premises: Findings without which the parts tell nothing.
-    beside: others worth seeing. panels: {title: Panel}. untested: what these runs cannot say of the
-    sentence. explanation: why it does not hold or cannot be told at this scale, and what would decide."""
+    beside: others worth seeing. panels: {title: Panel}. untested: a part of the sentence that these runs say
+    nothing of, so that they cannot tell that it holds. explanation: why it does not hold or cannot be told at
+    this scale, and what would decide."""
     parts: list
     premises: list
     beside: list
@@ -322,7 +321,7 @@ class Outcome:
             return "cannot tell"
         if "does not hold" in verdicts:
             return "does not hold"
-        return "holds" if verdicts == {"holds"} else "cannot tell"
+        return "holds" if verdicts == {"holds"} and not self.untested else "cannot tell"
 
 
 def outcome(arms, figure, parts, premises=(), beside=(), chance=0.5, **options):

@@ -7,7 +7,6 @@ from claims.findings import (
     pairs_right, panel, sizes_figure, values, without_context)
 from claims.scales import size_label
 from data.errors import InputError
-from evals import choices
 
 RIGHT = "held-out comparisons right, %"
 
@@ -103,9 +102,12 @@ def calibration(lab):
     along = "probability given, from … %"
     panels = {"": Panel({"as given": given, **right}, "right, %", along=along),
               " ": Panel(pairs, "pairs", along=along)}
+    # Each set is a part, too, as the mean of a model that says too much and of one that says too little is 0.
+    what, sets = "75 % minus how often it is right where it says so", arm if len(arm) > 1 else {}
+    parts = {what: arm} | {f"{what}, {name}": {name: runs} for name, runs in sets.items()}
     return outcome(
         {"preference model": values(arm)}, panels,
-        [finding("75 % minus how often it is right where it says so", "=", overconfidence(arm))],
+        [finding(name, "=", overconfidence(part)) for name, part in parts.items()],
         premises=["preference model > chance"])
 
 
@@ -125,9 +127,10 @@ def accuracy_at_k(lab):
     yield ranked, imitation
 
     def right(item, key):
-        """Whether the best sample by a score is right; how many are, without one."""
-        marks = np.array(item["right"])
-        return choices.hit(marks, np.array(item[key])) if key else marks.mean()
+        """Whether the best sample by a score is right; without a score, what part of the samples is. Where no
+        sample is right, both are 0."""
+        marks, scores = np.array(item["right"]), np.array(item[key] if key else [0] * len(item["right"]))
+        return marks[scores == scores.max()].mean()
 
     def by(arm, key):
         return values(arm, lambda run: {

@@ -39,7 +39,8 @@ def distilled_equals_prompted(lab):
     arms = {"plain": lab.arm(lambda one: one.hhh(one.lm())),
             "prompted": lab.arm(lambda one: one.hhh(one.lm(), prompted=True)),
             "distilled": lab.arm(lambda one: one.hhh(one.distilled())),
-            "finetuned on it": lab.arm(lambda one: one.hhh(one.finetuned_on(one.prompt_text())))}
+            "finetuned on it": lab.arm(
+                lambda one: one.hhh(one.finetuned_on(one.prompt_text()), "--ctx", one.ctx))}
     yield arms
     return outcome(values(arms, choice_right("mean")), HHH,
                    ["distilled = prompted", "distilled > finetuned on it"],
@@ -86,15 +87,28 @@ def elo_ranks(lab):
 
 def truthfulqa_needs_mutual_information(lab):
     """Section 2.2: on questions with popular falsehoods mutual information is a better score than the raw
-    log-prob."""
+    log-prob, by which larger models are right less often; by mutual information they are right more often.
+
+    A model that does not know the answers is no better than the rule that the longest one is true, so what its
+    scores prefer need not be the truth. Larger models would decide.
+    """
     runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
     yield runs
-    rules = {"sum log-prob": "sum", "mean log-prob": "mean", "mutual information": "mi"}
+    rules = {"sum log-prob": "sum", "mean log-prob": "mean", "mutual information": "mi", "longest": "longest"}
     right = {name: values(runs, choice_right(rule, hit=choices.first_choice)) for name, rule in rules.items()}
     chance = runs[lab.size][""][0].figures["chance"]["MC1"]
-    return outcome(at_size(right, lab.size), sizes_figure(right, "TruthfulQA, MC1, %", 100 * chance),
-                   ["mutual information > sum log-prob"], premises=["mutual information > chance"],
-                   chance=chance, prefix=f"{size_label(lab.size)}: ")
+    result = outcome(at_size(right, lab.size), sizes_figure(right, "TruthfulQA, MC1, %", 100 * chance),
+                     ["mutual information > sum log-prob"],
+                     premises=["mutual information > chance", "mutual information > longest"],
+                     chance=chance, prefix=f"{size_label(lab.size)}: ")
+    if len(lab.sizes) == 1:
+        result.untested = "what becomes of both with size, as there is one size"
+        return result
+    small, large = size_label(lab.sizes[0]), size_label(lab.size)
+    for rule, first, second in (("sum log-prob", small, large), ("mutual information", large, small)):
+        by_size = {small: right[rule][lab.sizes[0]], large: right[rule][lab.size]}
+        result.parts += compared(f"{first} > {second}", by_size, prefix=f"{rule}: ")
+    return result
 
 
 def prior_not_finetuning(lab):

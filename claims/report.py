@@ -58,7 +58,8 @@ def effect_and_verdict(outcome):
     """(the first part's effect and how many parts hold, the verdict) of an Outcome, or why there is none."""
     if isinstance(outcome, str):
         return "", f"failed: {outcome}"
-    n, n_hold = len(outcome.parts), sum(part.verdict == "holds" for part in outcome.parts)
+    n_hold = sum(part.verdict == "holds" for part in outcome.parts)
+    n = len(outcome.parts) + bool(outcome.untested)
     return shown(outcome.parts[0]) + f"; {n_hold} of {n} parts hold" * (n > 1), outcome.verdict
 
 
@@ -107,7 +108,8 @@ def introduction(outcomes):
     return (
         f"{len(outcomes)} verdicts on {n} parts of claims. Effects are differences with 95 % intervals over "
         "test groups and seeds. A claim *holds* if all parts of its sentence hold and *does not hold* if one "
-        "of them does not; otherwise, or where a premise is not given, these runs *cannot tell*. A 95 % "
+        "of them does not; otherwise, or where a premise is not given or a part is not tested, these runs "
+        "*cannot tell*. A 95 % "
         "interval misses the truth in one case of twenty: if there were no effects at all, about "
         f"{n / 20:.1f} of the {n} parts would be told from 0 all the same.")
 

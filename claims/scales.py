@@ -62,6 +62,7 @@ class Scale:
     few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
     pairs, much = None, ()  # of other trainings on a set: their comparisons, if not all; their flags
     max_new, default_seeds = 40, 3  # max_new: tokens of a sample
+    ctx = 256  # tokens of the language model's context
     distillation = ("--sequences", 3072)
     given = None  # a language model to start from, in place of those that are trained here
     only, without = (), ()  # the claims that are tested, if not all; those that cannot be
@@ -82,6 +83,7 @@ class Scale:
         self.given = Path(args.lm).resolve()
         model = checkpoint.load_lm(self.given)[0]
         n_blocks, self.n_given = model.n_params()
+        self.ctx = min(model.config.ctx, model.config.window or model.config.ctx)
         self.sizes = args.sizes = [count_label(self.n_given)]
         part = SMALL_RATE if n_blocks < plan.SMALL else GIVEN_RATE
         self.given_rate = f"{part * plan.lm_rate(model.config.d_model):.3g}"
@@ -218,8 +220,8 @@ class Scale:
             benchmark, model, *flags, "--n", n, "--max_new", self.max_new, "--seed", self.seed,
             prompted=prompted, seconds=self.sampling_seconds(contexts, n, self.max_new))
 
-    def hhh(self, model, prompted=False):
-        return self.evaluate("hhh", model, "--data", self.data("hhh"), prompted=prompted)
+    def hhh(self, model, *flags, prompted=False):
+        return self.evaluate("hhh", model, "--data", self.data("hhh"), *flags, prompted=prompted)
 
     def last_words(self, model, prompted=False):
         data = self.data("lambada")
@@ -322,7 +324,8 @@ class Small(Scale):
     amounts, ks = (100, 500, 5000), (1, 2, 4)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
     contexts, judged, chosen_for = "hh", "hh", "code"
-    learn, lm_tokens = ("--tokenizer", "bpe:8192", "--ctx", 512, "--steps", 1500), 12.3e6
+    ctx, lm_tokens = 512, 12.3e6
+    learn = "--tokenizer", "bpe:8192", "--ctx", ctx, "--steps", 1500
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
 
     def __init__(self, args):
@@ -411,7 +414,8 @@ class Gpu(Small):
     vocabulary, tokens, flops = 50_000, 300, plan.GPU_FLOPS * plan.UTILISATION / 2
     pairs, comparisons, tested, much, pmp = None, 20_000, 2000, (), ("--batch", 512, "--binarise")
     sources, model_written = {name: None for name in Small.sources}, (20_000, 15_000)  # all of each
-    learn = ("--tokenizer", "bpe:50000", "--ctx", 2048, "--batch", 2**18, "--compile")
+    ctx = 2048
+    learn = "--tokenizer", "bpe:50000", "--ctx", ctx, "--batch", 2**18, "--compile"
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 1000), 200
 
     @property

@@ -7,7 +7,8 @@ read as they are.
 
 The group says which comparisons belong together: those about one question, one article or one topic. A whole
 group is either trained on or held out, and standard errors are computed over groups. A record without a group
-has its context as its group. If the context is empty too, its completions are its group.
+has its context as its group; two whole dialogues have what stands before the first reply, as the turns of one
+dialogue may be several records. If the context is empty too, its completions are its group.
 """
 import contextlib
 import hashlib
@@ -23,8 +24,9 @@ from data.errors import InputError
 from data.files import build_once, content_key, read_records
 from data.text import refuse_special
 
-VERSION = 2  # of the cached arrays; raise it when their form changes, so that old caches are not read
+VERSION = 3  # of the cached arrays; raise it when they change, so that old caches are not read
 FORMS = '{"context", "completions", "scores"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}'
+TURN = "\n\nAssistant:"  # of a dialogue
 BATCH = 4096  # comparisons that are tokenised together, and so held in memory
 
 
@@ -35,6 +37,7 @@ def parse(record, where):
     type, a score that is not a number, an empty list of completions, and different numbers of completions and
     scores.
     """
+    beginning = ""
     if "completions" in record:
         context, completions = _field(record, "context", where), _field(record, "completions", where)
         scores = _field(record, "scores", where)
@@ -54,12 +57,13 @@ def parse(record, where):
         context = record.get("prompt")
         if context is None:
             context, chosen, rejected = split_dialogues(chosen, rejected)
+            beginning = context[:context.find(TURN) + len(TURN)]
         completions, scores = [chosen, rejected], [1, 0]
     if not isinstance(context, str):
         raise InputError(f'{where}: the context must be a text, found {type(context).__name__}')
     group = record.get("group")
     if group is None:
-        group = context or sorted(completions)
+        group = beginning or context or sorted(completions)
     if not isinstance(group, str):
         group = repr(group)
     return context, completions, scores, group
@@ -79,9 +83,8 @@ def split_dialogues(chosen, rejected):
     Where the dialogues part earlier, the completions hold the later turns as well.
     """
     shared = os.path.commonprefix([chosen, rejected])
-    turn = "\n\nAssistant:"
-    cut = shared.rfind(turn)
-    cut = cut + len(turn) if cut >= 0 else 0
+    cut = shared.rfind(TURN)
+    cut = cut + len(TURN) if cut >= 0 else 0
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 

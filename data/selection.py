@@ -66,7 +66,11 @@ def split(args, data, room):
     out, and how many contexts will be cut).
     """
     fits, is_held_out, differs = data.fits(room), data.held_out(args.held_out), data.differ()
-    usable = fits & differs if args.objective == "ranked" else fits
+    usable = fits
+    if args.objective == "ranked":
+        usable = fits & differs
+    elif args.objective == "imitation":  # a single completion can be imitated; of equal ones none is the best
+        usable = fits & (differs | (np.diff(data.first) == 2))
     train, held_out = np.flatnonzero(usable & ~is_held_out), np.flatnonzero(usable & is_held_out)
     notes = []
     if not usable.all():

@@ -148,7 +148,10 @@ def load_items(benchmark, paths, subject):
     ids = subject.tokenizer.encode_many(text for i in items for text in (i["context"], *i["completions"]))
     texts = [[next(ids) for _ in ("context", *item["completions"])] for item in items]
     data = pm.tokenised_comparisons(texts, files, lines)
-    return items, data, pm.examples_to_score(data, subject.ctx, np.ones(len(data), bool))
+    has_best = np.array([benchmark == "lambada" or len(set(item["scores"])) > 1 for item in items])
+    if not has_best.all():
+        print(f"left out: {(~has_best).sum()} items whose choices all have the same score")
+    return items, data, pm.examples_to_score(data, subject.ctx, has_best)
 
 
 # ------------------------------------------------------------------------------------------------------------

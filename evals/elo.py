@@ -78,7 +78,8 @@ def judge(rewards_a, rewards_b):
 
 
 def judged_games(rewards, files):
-    """Games between all players: a share for each context and number of reply that two of them have.
+    """Games between all players: a share for each context and number of reply that two of them have. Returns
+    (games, for each of them the number of its context).
 
     rewards: a function (contexts, texts) -> (N,). files: for each player's name its file of samples.
     """
@@ -90,14 +91,15 @@ def judged_games(rewards, files):
     scores = {player: {} for player in files}
     for (player, context, n, _), reward in zip(replies, rewards(contexts, texts)):
         scores[player][context, n] = reward
-    games = []
+    games, of_games, numbers = [], [], {}
     for a, b in combinations(files, 2):
         shared = [reply for reply in scores[a] if reply in scores[b]]
         games += [(a, b, float(judge(scores[a][reply], scores[b][reply]))) for reply in shared]
+        of_games += [numbers.setdefault(context, len(numbers)) for context, _ in shared]
     if not games:
         raise InputError(f"{next(iter(files.values()))}: shares no context with the other files; sample from "
                          "the same --data")
-    return games
+    return games, of_games
 
 
 def tally(games):
@@ -165,18 +167,44 @@ def fit(wins, prior_sd=PRIOR_SD):
     raise ArithmeticError("Newton's method did not converge")
 
 
-def bootstrap(games, n=1000, seed=0):
+def bootstrap(games, contexts=None, n=1000, seed=0):
     """How sure the Elos are, by n resamplings of the games that are no ties: (2.5 % quantile, 97.5 %
-    quantile, standard deviation), each (P,) in the sorted order of the players' names."""
+    quantile, standard deviation), each (P,) in the sorted order of the players' names.
+
+    contexts: for each game the number of its context. Games of a context are drawn together then, as each of
+    its replies plays in several of them.
+    """
     names, outcomes, counts, _ = tally(games)
     rng = np.random.default_rng(seed)
-    size = max(1, PART // max(len(counts), len(names) ** 2))  # resamplings that are fitted together
+    if contexts is None:
+        size = PART // max(len(counts), len(names) ** 2)  # resamplings that are fitted together
+
+        def draw(size):
+            drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size)
+            return wins_of(outcomes, drawn, len(names))
+    else:
+        wins = wins_by_context(games, contexts)[1]
+        size, each = PART // max(len(wins), len(names) ** 2), np.full(len(wins), 1 / len(wins))
+
+        def draw(size):
+            return np.tensordot(rng.multinomial(len(wins), each, size), wins, 1)
     elos = []
-    for first in tqdm(range(0, n, size), desc="resampling", disable=None, leave=False):
-        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=min(size, n - first))
-        elos.append(fit(wins_of(outcomes, drawn, len(names))))
+    for first in tqdm(range(0, n, max(1, size)), desc="resampling", disable=None, leave=False):
+        elos.append(fit(draw(min(max(1, size), n - first))))
     elos = np.concatenate(elos)
     return *np.quantile(elos, (0.025, 0.975), axis=0), elos.std(0)
+
+
+def wins_by_context(games, contexts):
+    """(sorted names, wins (contexts, n, n)): as `wins_of` for each context, of games that each have a share for
+    a winner, and given the number of each game's context."""
+    names = sorted({name for a, b, _ in games for name in (a, b)})
+    wins = np.zeros((max(contexts) + 1, len(names), len(names)))
+    for (a, b, share), context in zip(games, contexts):
+        i, j = names.index(a), names.index(b)
+        wins[context, i, j] += share
+        wins[context, j, i] += 1 - share
+    return names, wins
 
 
 def components(names, wins):
@@ -221,15 +249,16 @@ def _classes(same):
 # The report
 
 
-def rate(games, seed=0):
-    """Rate the players of `games`, (model_a, model_b, winner, None or share of model_a).
+def rate(games, seed=0, contexts=None):
+    """Rate the players of `games`, (model_a, model_b, winner, None or share of model_a). contexts: as of
+    `bootstrap`.
 
     Returns the figures for JSON: {"players": {name: {"elo", "low", "high", "sd", "games", "wins", "losses"}},
     "pairs", "games", "ties_dropped", "messages"}.
     """
     names, outcomes, counts, ties = tally(games)
     wins = wins_of(outcomes, counts, len(names))
-    elos, (low, high, sd) = fit(wins), bootstrap(games, seed=seed)
+    elos, (low, high, sd) = fit(wins), bootstrap(games, contexts, seed=seed)
     won, lost, order = wins.sum(1), wins.sum(0), np.argsort(-elos, kind="stable")
     columns = {"elo": elos, "low": low, "high": high, "sd": sd, "games": won + lost, "wins": won,
                "losses": lost}
@@ -243,12 +272,12 @@ def rate(games, seed=0):
             "messages": components(names, wins)}
 
 
-def report(games, seed=0):
+def report(games, seed=0, contexts=None):
     """Rate the players and print a table. Returns the figures of `rate`."""
-    figures = rate(games, seed)
+    figures = rate(games, seed, contexts)
     players, width = figures["players"], max(map(len, figures["players"]))
     print(f"\n  {figures['games']:,} games, {figures['ties_dropped']:,} ties dropped; Elo around a mean of "
-          "0, 95 % intervals by resampling games\n\n"
+          f"0, 95 % intervals by resampling {'games' if contexts is None else 'contexts'}\n\n"
           f"  {'':<{width}}      Elo   95 % interval         games       wins     losses")
     for name, p in players.items():
         print(f"  {name:<{width}} {p['elo']:8.1f}   {p['low']:7.1f} … {p['high']:<7.1f} {p['games']:9,.6g} "

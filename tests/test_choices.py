@@ -94,6 +94,13 @@ def test_a_preference_model_scores_by_rewards(pm, task, tmp_path):
     assert "accuracy_reward" in figures and "accuracy_mi" not in figures
 
 
+def test_choices_of_equal_score_have_no_right_one_and_are_left_out(lm, tmp_path):
+    items = [{"context": f"Q{i}", "completions": [" a", " b"], "scores": [1, int(i > 2)]} for i in range(8)]
+    figures, printed = evaluate("choice", "--model", lm, "--data", write_jsonl(tmp_path / "equal.jsonl", items))
+    assert figures["n"] == 3 and figures["chance"]["accuracy"] == 0.5
+    assert "left out: 5 items whose choices all have the same score" in printed
+
+
 def test_our_own_items_are_the_default(lm):
     figures, printed = evaluate("hhh", "--model", lm, "--ctx", 2048)
     assert figures["n"] >= 60

@@ -51,6 +51,13 @@ def test_records_of_three_forms_are_read():
     assert parse(record, "f:1") == (ASKED, [" a", " b"], [1, 0], ASKED)
 
 
+def test_all_turns_of_a_dialogue_are_one_group():
+    """HH-RLHF has a record for each of several turns of a dialogue."""
+    begun = dialogue(" Q", " yes") + "\n\nHuman: And?\n\nAssistant:"
+    later = parse({"chosen": begun + " so", "rejected": begun + " no"}, "f:2")
+    assert later[0] == begun and later[3] == ASKED
+
+
 def test_a_group_may_be_a_number_or_left_out():
     def group(**more):
         return parse({"context": "C", "completions": ["a"], "scores": [1], **more}, "f:1")[3]

@@ -1,6 +1,7 @@
 """Elo ratings: they are what the games say, what the games leave open is said, and files without games are
 refused."""
 import gzip
+import itertools
 import json
 import math
 import random
@@ -53,6 +54,21 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         widths.append((high - low) / (2 * 1.96 * sd))
     assert 0.90 < np.mean(hits) < 0.99 and 0.85 <= np.min(np.mean(hits, 0))
     assert np.mean(widths) == pytest.approx(1, abs=0.05)
+
+
+def test_replies_to_one_context_are_drawn_together():
+    """A reply plays against those of all other players, so its games tell less than games of its own would."""
+    names, elos, widths = "abcdef", [], []
+    for seed in range(40):
+        rewards = np.random.default_rng(seed).normal(size=(60, 6))
+        games, contexts = [], []
+        for i, j in itertools.combinations(range(6), 2):
+            shares = elo.judge(rewards[:, i], rewards[:, j])
+            games += [(names[i], names[j], float(share)) for share in shares]
+            contexts += range(60)
+        elos.append(list(rated(games).values()))
+        widths.append(elo.bootstrap(games, contexts, n=100)[2])
+    assert np.mean(widths) == pytest.approx(np.std(elos), rel=0.1)
 
 
 def test_the_fit_is_the_maximum_of_the_likelihood():

@@ -12,7 +12,7 @@ from conftest import ROOT, make_comparisons, run, run_refused, write_jsonl
 import checkpoint
 import lab
 import plan
-from claims import findings, runs, scales
+from claims import findings, report, runs, scales
 from claims.figures import draw_panel, picture
 from claims.findings import (
     Estimate, Finding, Outcome, Panel, compared, finding, growing, mean, minus, outcome, over_seeds)
@@ -154,6 +154,17 @@ def test_groups_hang_together():
     assert copies.high - copies.low == pytest.approx(alone.high - alone.low)
 
 
+def test_few_groups_make_wide_intervals():
+    """As few seeds do; and where one of several sets has a single group there is no interval."""
+    two = mean({"": [{i: (float(i // 4), str(i // 4)) for i in range(8)}]})
+    error = 100 * 0.5  # of the mean of 0 and 1
+    assert two.effect == 50 and two.high - two.effect == pytest.approx(12.71 * error)
+    hundred = mean({"": [coins(0)]})
+    alone = {i: (value, "the only group") for i, (value, _) in coins(0).items()}
+    assert math.isinf(mean({"a": [coins(0)], "b": [alone]}).high) and not math.isinf(hundred.high)
+    assert [round(findings.student(n), 2) for n in (6, 11, 21, 101, 10**6)] == [2.57, 2.23, 2.09, 1.98, 1.96]
+
+
 def test_one_model_scored_under_three_seeds_is_one_seed():
     once, thrice = mean({"": [coins(0)]}), mean({"": [coins(0)] * 3})
     assert thrice == once and thrice.over == "groups" and thrice.data.endswith("1 seed")
@@ -173,10 +184,11 @@ def test_verdicts_on_one_difference():
     def verdicts(sign, *intervals):
         return [finding("", sign, Estimate(0, *ends)).verdict for ends in intervals]
     assert verdicts(">", (1, 3), (-1, 5), (-4, -1)) == ["holds", "cannot tell", "does not hold"]
-    assert verdicts("=", (-2, 2), (1, 2), (-4, 1), (1, 5), (-6, -4)) == [
-        "holds", "holds", "cannot tell", "does not hold", "does not hold"]
-    assert verdicts("<=", (-9, 2), (1, 2), (-4, 4), (1, 5)) == [
-        "holds", "holds", "cannot tell", "does not hold"]
+    # Up to 3 points count as none, also where the interval has no 0 in it.
+    assert verdicts("=", (-2, 2), (1, 2), (-4, 1), (1, 5), (-6, -4), (4, 5)) == [
+        "holds", "holds", "cannot tell", "cannot tell", "does not hold", "does not hold"]
+    assert verdicts("<=", (-9, 2), (1, 2), (-4, 4), (1, 5), (4, 5)) == [
+        "holds", "holds", "cannot tell", "cannot tell", "does not hold"]
     half = 4.30 / 3**0.5  # Student's
     assert over_seeds([1.0, 2.0, 3.0])[:3] == pytest.approx((2, 2 - half, 2 + half))
 
@@ -216,9 +228,9 @@ def test_calibration_has_an_interval_by_group():
 
 def games_of(shares):
     """Games of three players in as many contexts as there are shares that plain wins."""
-    return FakeRun({}, [{"model_a": a, "model_b": b, "winner": share} for a, b, part in (
+    return FakeRun({}, [{"model_a": a, "model_b": b, "winner": share, "context": context} for a, b, part in (
         ("plain", "prompted", 0), ("plain", "distilled", 0), ("prompted", "distilled", 0.5))
-        for share in (shares if not part else [part] * len(shares))])
+        for context, share in enumerate(shares if not part else [part] * len(shares))])
 
 
 def test_elo_resamples_contexts():
@@ -269,7 +281,8 @@ def test_growing_claims_test_both_their_parts_and_say_what_one_size_leaves_open(
     shrinking = {name: {"test": by_size["0.8m"], "0.8m": by_size["test"]} for name, by_size in found.items()}
     assert growing(shrinking, {}, "y > x", []).verdict == "does not hold"
     one = growing({name: {"0.8m": by_size["0.8m"]} for name, by_size in found.items()}, {}, "y > x", [])
-    assert one.verdict == "holds" and "one size" in one.untested
+    assert one.parts[0].verdict == "holds" and one.verdict == "cannot tell" and "one size" in one.untested
+    assert report.effect_and_verdict(one)[0].endswith("; 1 of 2 parts hold")
 
 
 def test_equality_must_hold_on_each_set():
@@ -278,6 +291,29 @@ def test_equality_must_hold_on_each_set():
     found = {"x": {"a": few, "b": many}, "y": {"a": many, "b": few}}
     told = outcome(found, {}, ["x = y"])
     assert told.parts[0].verdict == "holds" and told.verdict == "does not hold"
+
+
+def test_calibration_must_hold_on_each_set(made_up, monkeypatch):
+    monkeypatch.setattr(scales.Toy, "ranked", ("first", "second"))
+    assert [part.what.split(", ")[-1] for part in made_up("calibration", draw=undrawn).parts[1:]] == [
+        "first", "second"]
+
+
+def test_a_problem_without_a_right_sample_has_none_to_choose(made_up):
+    """A model that always finds a right sample is right where there is one, in 87 of 100 problems, and four in ten
+    samples are right."""
+    told = made_up("accuracy-at-k", has("imitation", -0.9, 9.0), draw=undrawn)
+    assert told.premises[0].effect == pytest.approx(87 - 40, abs=4)
+
+
+def test_all_language_models_read_the_hhh_items_in_the_same_context(tmp_path):
+    class args:
+        out, lm, pairs, seeds, many_seeds, sizes = tmp_path, None, None, 1, 1, ["test"]
+    claim = lab.CLAIMS["distilled-equals-prompted"](Invented(args))
+    flags = {name: runs[""][0].flags for name, runs in next(claim).items()}
+    assert "--ctx" not in flags["plain"]
+    finetuned = flags["finetuned on it"]
+    assert finetuned[finetuned.index("--ctx") + 1] == 256  # it was finetuned in windows of 64
 
 
 @pytest.fixture
@@ -358,7 +394,7 @@ def made_up_result(run, skill, n=240):
         return {**found.figures, "score": how, "n": n, "groups": n // 2, "accuracy": rate, "mean_of_3": rate,
                 "least_of_3": rate}, items
     if kind in ("hhh", "truthfulqa", "choice"):
-        items = [{**at, "category": ("helpful", "honest")[i % 2], "scores": [2, 0],
+        items = [{**at, "category": ("helpful", "honest")[i % 2], "scores": [2, 0], "completions": ["a", "bc"],
                   **dict.fromkeys(("mean", "mi", "sum"), [margin[i], 0.0])} for i, at in enumerate(place)]
         return {"chance": {"MC1": 0.5}}, items
     if kind == "toxicity":
@@ -460,6 +496,15 @@ def test_the_alignment_tax_is_the_words_log_prob(made_up):
     told = made_up("alignment-tax", lambda run: 1.0 if "0.8m" in words(run) else paid(run), draw=undrawn)
     assert told.verdict == "holds" and {part.unit for part in told.parts} == {"nats"}
     assert made_up("alignment-tax", paid, draw=undrawn).verdict == "does not hold"
+
+
+def test_a_score_that_does_not_beat_the_longest_answer_says_nothing(made_up):
+    """The made-up models are right where their margin is above 0; the longest answer is always wrong."""
+    told = made_up("truthfulqa-needs-mutual-information", draw=undrawn)
+    assert [premise.verdict for premise in told.premises] == ["holds", "holds"]
+    assert [part.what.split(": ")[0] for part in told.parts[1:]] == ["sum log-prob", "mutual information"]
+    one = made_up("truthfulqa-needs-mutual-information", sizes=["0.8m"], draw=undrawn)
+    assert one.untested and len(one.parts) == 1
 
 
 def test_each_source_must_help(made_up):
