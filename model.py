@@ -299,8 +299,9 @@ class GPT(nn.Module):
         """cos and sin (T, 1, D) of the rotary angles at these positions, for `rotate`."""
         half = self.config.d_head // 2
         precise = torch.promote_types(self.dtype, torch.float32)  # fp32, or fp64 if that is dtype
-        exponents = -torch.arange(half, device=positions.device, dtype=precise) / half
-        frequencies = scaled_frequencies(self.config.rope_theta ** exponents, self.config.rope_scaling)
+        exponents = torch.arange(half, device=positions.device, dtype=precise) / half
+        # theta ** -exponents differs in the last bit from what transformers computes, and far positions show it.
+        frequencies = scaled_frequencies(1 / self.config.rope_theta ** exponents, self.config.rope_scaling)
         angles = positions.to(precise)[:, None, None] * frequencies  # (T, 1, D / 2)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

@@ -86,5 +86,6 @@ def compiled(template, tokens):
             if i < len(answers):
                 messages.append({"role": "assistant", "content": answers[i]})
         is_open = len(answers) < len(questions)
-        return compiled_template.render(messages=messages, add_generation_prompt=is_open, **tokens)
+        return compiled_template.render(
+            messages=messages, add_generation_prompt=is_open, tools=None, documents=None, **tokens)
     return write

@@ -68,7 +68,7 @@ class Tokenizer:
         self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._texts = [texts.get(i, "\ufffd".encode()) for i in range(self.n_vocab)]  # in bytes
         self._n_bytes = np.array([len(text) for text in self._texts])
-        self._n_bytes[list(specials.values())] = 0
+        self._n_bytes[[token["id"] for token in spec["added_tokens"] if token["special"]]] = 0
         self._encode_texts = make_encoder(spec, self.dtype)
 
     def encode(self, text):

@@ -132,6 +132,8 @@ def adapted(spec):
     if EOC not in added_tokens(spec):
         spec["added_tokens"].append(special_json(EOC, n))
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    if spec["model"].get("dropout"):  # is for training: it would make each encoding of a text another one
+        spec["model"]["dropout"] = None
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         spec[part] = without_prefix(spec.get(part))
     return spec

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.errors import InputError
-from data.tokenizer_json import byte_level_json, merges_by_score, sentencepiece_json
+from data.tokenizer_json import byte_level_json, merges_by_score, sentencepiece_json, special_json
 from formats.hf_folder import check_finite
 from formats.rope_scaling import scaled_frequencies
 
@@ -22,7 +22,7 @@ NAMES_IN_LAYER = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 # How a byte-level BPE splits text before it merges, by the name that the file has for it ("pre").
 SPLITS = {"smollm": "digits", "gpt-2": "gpt2", "llama-bpe": "llama3", "qwen2": "qwen2"}
-CONTROL = 3  # the type of tokens such as <|endoftext|>
+CONTROL, USER_DEFINED = 3, 4  # the types of tokens such as <|endoftext|>, and such as <think>
 
 
 def read(path):
@@ -38,6 +38,8 @@ def read(path):
     except Exception as error:  # the package raises a different type for each way a file can be damaged
         why = f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"{path}: not a whole GGUF file ({why}); fetch it again") from None
+    if reader.byte_order != "I":  # the package would take its numbers for this machine's
+        raise InputError(f"{path}: its bytes are in another order than this machine's; fetch a little-endian file")
     try:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         hf = config_json(fields, tensors, path)
@@ -54,7 +56,8 @@ def read(path):
             check_finite(path, name, weight)
             state[hf_name(name)] = weight
         return hf, state, *tokenizer_json(fields, path)
-    except (KeyError, ValueError, IndexError, NotImplementedError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, ArithmeticError,
+            NotImplementedError) as error:
         why = f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"{path}: not a GGUF file that can be read here ({why})") from None
 
@@ -91,6 +94,8 @@ def config_json(fields, tensors, path):
     if get("rope.dimension_count", d_head) != d_head:
         raise InputError(f"{path}: rotary positions on a part of each head, which cannot be computed here")
     window = get("attention.sliding_window", None)
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0)) or 1.0
+    scaled = get("rope.scaling.type", "linear") if factor != 1 else "none"
     return {
         "model_type": architecture, "architectures": [], "num_hidden_layers": get("block_count"),
         "hidden_size": get("embedding_length"), "intermediate_size": get("feed_forward_length"),
@@ -100,8 +105,9 @@ def config_json(fields, tensors, path):
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "sliding_window": window, "use_sliding_window": window is not None,
         "tie_word_embeddings": "output.weight" not in tensors, "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": rope_scaling(get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0),
-                                     tensors.get("rope_freqs.weight"), get("rope.freq_base", 10000.0), path)}
+        "rope_scaling": rope_scaling(scaled, factor, tensors.get("rope_freqs.weight"),
+                                     get("rope.freq_base", 10000.0), path),
+        "is_causal": get("attention.causal", True)}
 
 
 def rope_scaling(kind, factor, divisors, theta, path):
@@ -113,7 +119,7 @@ def rope_scaling(kind, factor, divisors, theta, path):
         settings = {"rope_type": "llama3", "factor": round(float(divisors.max()), 3), "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         computed = frequencies / scaled_frequencies(frequencies, settings)
-        if not torch.allclose(computed, divisors, rtol=1e-3):
+        if kind != "none" or not torch.allclose(computed, divisors, rtol=1e-3):
             raise InputError(f"{path}: rotary positions scaled in another way than Llama 3's, which cannot "
                              "be computed here; give the model as a Hugging Face folder")
         return settings
@@ -129,6 +135,8 @@ def tokenizer_json(fields, path):
     if model == "gpt2" and split in SPLITS:
         merges = [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]
         spec = byte_level_json(vocab, merges, specials, SPLITS[split], ignore_merges=split == "llama-bpe")
+        if split == "qwen2":  # the file does not say it
+            spec["normalizer"] = {"type": "NFC"}
     elif model == "llama":
         scores = {token: score for token, score, kind in zip(tokens, fields["tokenizer.ggml.scores"], kinds)
                   if kind != CONTROL}
@@ -136,6 +144,9 @@ def tokenizer_json(fields, path):
     else:
         raise InputError(f"{path}: a tokenizer of the kind {model}, {split}, which cannot be read; give the "
                          "model as a Hugging Face folder")
+    spec["added_tokens"] += [{**special_json(token, i), "special": False}
+                             for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == USER_DEFINED]
+    spec["added_tokens"].sort(key=lambda token: token["id"])
     settings = {}
     for name in ("bos", "eos"):
         if (number := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:

@@ -51,7 +51,7 @@ def read_config(hf, path):
         theta, scaling = rotary_settings(hf, path)
         # A window says how far a token looks back. A context that is no longer than it is computed exactly.
         has_window = family == "mistral" or hf.get("use_sliding_window")
-        window = hf.get("sliding_window") if has_window else None
+        window = hf.get("sliding_window", 4096) if has_window else None  # 4096 is transformers' default
         config = Config(
             n_layer=hf["num_hidden_layers"], d_model=hf["hidden_size"], n_head=hf["num_attention_heads"],
             vocab_size=hf["vocab_size"], ctx=min(hf["max_position_embeddings"], window or 2**62),
@@ -86,7 +86,7 @@ def is_classifier(hf):
 def refuse_differences(hf, path):
     """Raise InputError if a model of the family has a setting that model.py does not compute."""
     for name, usual in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
-                        ("partial_rotary_factor", 1), ("quantization_config", None)):
+                        ("partial_rotary_factor", 1), ("quantization_config", None), ("is_causal", True)):
         if hf.get(name, usual) not in (usual, None):
             raise InputError(f"{path}: {name} is {str(hf[name])[:60]}, which cannot be computed here; only "
                              f"{usual} can")
@@ -96,8 +96,11 @@ def refuse_differences(hf, path):
 
 def rotary_settings(hf, path):
     """(base of the rotary positions' frequencies, their scaling or None) of a config.json. Versions of
-    transformers from 5 on keep them together as rope_parameters."""
-    settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    transformers from 5 on keep them together as rope_parameters, and go by rope_scaling where both are there;
+    and by the outer one of two original_max_position_embeddings."""
+    settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if original := hf.get("original_max_position_embeddings"):
+        settings = settings | {"original_max_position_embeddings": original}
     theta = settings.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":

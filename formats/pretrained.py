@@ -60,6 +60,7 @@ def read_tokenizer(spec, settings, hf, place):
             ids = hf.get("eos_token_id")
             names = {i: text for text, i in added_tokens(spec).items()}
             settings["eos_token"] = names.get(ids[0] if isinstance(ids, list) else ids)
+        add_tokens_of(settings, spec)
         tokenizer = Tokenizer(adapted(spec), settings)
         tokenizer.encode("a")
     except Exception as error:  # the `tokenizers` library raises no other type
@@ -70,6 +71,15 @@ def read_tokenizer(spec, settings, hf, place):
         raise InputError(f"{place}: the tokenizer has {n_ids} ids, the model a table of {n_rows} rows: "
                          "these two are not of one model")
     return tokenizer
+
+
+def add_tokens_of(settings, spec):
+    """Add to a tokenizer.json the tokens that stand in its tokenizer_config.json alone. transformers does so, and
+    <eoc> must not get the id of one of them."""
+    known = {*spec["model"]["vocab"].values(), *added_tokens(spec).values()}
+    described = settings.get("added_tokens_decoder") or {}
+    spec["added_tokens"] += [{"id": int(i), **described[i]} for i in sorted(described, key=int)
+                             if int(i) not in known]
 
 
 def add_row(config, state, i):

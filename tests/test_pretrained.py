@@ -139,20 +139,69 @@ def test_eoc_gets_a_new_row_or_an_unused_one(tmp_path, monkeypatch, name, rows):
 
 
 def test_a_window_bounds_the_context(tmp_path):
+    """transformers takes it for 4,096 tokens where it is not given."""
     folder = write_folder(make_theirs("Mistral"), tmp_path / "model")
     assert checkpoint.load(folder)[0].config.ctx == 128
+    edit_json(folder / "config.json", sliding_window="remove", max_position_embeddings=8192)
+    assert checkpoint.load(folder)[0].config.ctx == 4096
+    edit_json(folder / "config.json", sliding_window=None)
+    assert checkpoint.load(folder)[0].config.ctx == 8192
+
+
+def test_rotary_angles_are_those_of_transformers_to_the_last_bit(tmp_path, monkeypatch):
+    """At far positions a difference in the last bit of a frequency is a difference in the angle."""
+    monkeypatch.setitem(FAMILY, "far", ("llama", {"num_key_value_heads": 6, "head_dim": 128, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500000.0}}))
+    theirs, positions = make_theirs("far"), torch.arange(9000)
+    ours = checkpoint.load(write_folder(theirs, tmp_path / "model"))[0]
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions[None])
+    our_cos, our_sin = ours.rotation(positions)
+    assert torch.equal(our_cos[:, 0], cos[0]) and torch.equal(our_sin[:, 0, 64:], sin[0, :, 64:])
+
+
+def test_the_outer_one_of_two_original_contexts_counts(tmp_path):
+    folder = write_folder(make_theirs("Llama 3"), tmp_path / "model")
+    edit_json(folder / "config.json", original_max_position_embeddings=1024)
+    compare_all_ways(checkpoint.load(folder)[0], transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def test_eoc_does_not_take_the_row_of_a_token_that_stands_in_the_settings_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPE, "vocab_size", 320)
+    theirs = make_theirs("SmolLM2")
+    folder = write_folder(theirs, tmp_path / "model")
+    write_tokenizer(folder, added_tokens_decoder={"300": {
+        "content": "<|eot_id|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+        "single_word": False}})
+    ours, tokenizer, _ = checkpoint.load(folder)
+    assert tokenizer.eoc == 301
+    assert torch.equal(ours.model.embed_tokens.weight[:301], theirs.get_input_embeddings().weight[:301])
+
+
+def test_added_tokens_that_are_text_have_its_bytes(tmp_path):
+    folder = write_folder(make_theirs("SmolLM2"), tmp_path / "model")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 299, "content": "<think>", "special": False})
+    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if i != 299}
+    spec["model"]["merges"].pop()
+    spec["model"]["dropout"] = 0.5  # each encoding would be another one
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = checkpoint.load(folder)[1]
+    ids = tokenizer.encode("the <think> heater")
+    assert 299 in ids.tolist() and tokenizer.count_bytes(ids) == len("the <think> heater")
+    assert all((tokenizer.encode("the <think> heater") == ids).all() for _ in range(9))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # GGUF
 
 
-def write_gguf(path, theirs, kind="F32", pre="gpt-2", **changes):
-    """The file that llama.cpp's converter would write of a model, with its matrices of this kind."""
+def write_gguf(path, theirs, kind="F32", pre="gpt-2", user_defined=None, endian="LITTLE", **changes):
+    """The file that llama.cpp's converter would write of a model, with its matrices of this kind. user_defined:
+    a token of that type."""
     gguf = pytest.importorskip("gguf")
     config = theirs.config
     family = "llama" if config.model_type == "mistral" else config.model_type
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, endianess=gguf.GGUFEndian[endian])
     rope = config.rope_parameters
     fields = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
@@ -166,11 +215,11 @@ def write_gguf(path, theirs, kind="F32", pre="gpt-2", **changes):
     if rope["rope_type"] == "llama3":
         frequencies = rope["rope_theta"] ** (-torch.arange(d_head // 2) / (d_head // 2))
         writer.add_tensor("rope_freqs.weight", (frequencies / theirs.model.rotary_emb.inv_freq).numpy())
-    tokens = ["<|endoftext|>", *CHAR_OF.values(), *(f"Ġ{i}" for i in range(43))]
+    tokens = ["<|endoftext|>", *CHAR_OF.values(), *(f"Ġ{i}" for i in range(42)), user_defined or "Ġ42"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * 299)
+    writer.add_token_types([3] + [1] * 298 + [4 if user_defined else 1])
     writer.add_token_merges(["Ġ 1", "Ġ 2"])
     writer.add_eos_token_id(0)
     names = {theirs_name: gguf_name for gguf_name, theirs_name in [
@@ -204,6 +253,36 @@ def test_a_gguf_file_gives_the_logits_of_the_model_that_it_was_made_from(tmp_pat
     compare_all_ways(ours, theirs)
     assert meta["kind"] == "lm" and (tokenizer.eot, tokenizer.eoc, ours.config.vocab_size) == (0, 300, 320)
     assert tokenizer.decode(tokenizer.encode("It's 12 ½!")) == "It's 12 ½!"
+
+
+def test_scaling_without_a_kind_is_linear_in_a_gguf_file(tmp_path):
+    theirs = make_theirs("Llama 2, linear scaling")
+    ours = checkpoint.load(write_gguf(tmp_path / "model.gguf", theirs, rope_scaling_factor=4.0))[0]
+    compare_all_ways(ours, theirs)
+
+
+def test_tokens_and_the_normal_form_that_a_gguf_file_only_implies(tmp_path):
+    """A token such as <think> is a single one, and Qwen's texts are composed."""
+    path = write_gguf(tmp_path / "model.gguf", make_theirs("Qwen2"), pre="qwen2", user_defined="<think>")
+    tokenizer = checkpoint.load(path)[1]
+    assert tokenizer.encode("a<think>b")[1] == 299 and tokenizer.decode([299]) == "<think>"
+    assert tokenizer.encode("cafe\u0301").tolist() == tokenizer.encode("caf\u00e9").tolist()
+
+
+@pytest.mark.parametrize("name, changes, words", [
+    ("SmolLM2", {"endian": "BIG"}, "its bytes are in another order"),
+    ("SmolLM2", {"causal_attention": False}, "is_causal is False"),
+    ("SmolLM2", {"head_count_kv": [2, 2, 1]}, "not a GGUF file that can be read here"),
+    ("SmolLM2", {"head_count": 0}, "not a GGUF file that can be read here"),
+    ("Llama 3", {"rope_scaling_type": "YARN", "rope_scaling_factor": 2.0}, "scaled in another way")])
+def test_a_gguf_file_of_what_is_not_computed_is_refused(tmp_path, monkeypatch, name, changes, words):
+    gguf = pytest.importorskip("gguf")
+    if kind := changes.get("rope_scaling_type"):
+        changes = changes | {"rope_scaling_type": gguf.RopeScalingType[kind]}
+    monkeypatch.setitem(LLAMA3, "original_max_position_embeddings", 8192)
+    path = write_gguf(tmp_path / "model.gguf", make_theirs(name), **changes)
+    with pytest.raises(InputError, match=words):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
@@ -283,6 +362,14 @@ def test_a_dialogue_becomes_the_text_of_the_chat_template(chat_folder):
     assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
     assert theirs(text).input_ids == tokenizer.encode(context).tolist()
     assert list(tokenizer.encode_many([context, "plain"]))[0].tolist() == tokenizer.encode(context).tolist()
+
+
+def test_a_template_learns_that_there_are_no_tools(chat_folder):
+    """transformers says so to it, and a template may ask `tools is not none`."""
+    write_tokenizer(chat_folder, chat_template=CHATML + "{% if tools is not none %}[TOOLS]{% endif %}")
+    tokenizer = checkpoint.load(chat_folder)[1]
+    tokenizer.use_chat()
+    assert "[TOOLS]" not in tokenizer.decode(tokenizer.encode("\n\nHuman: Hi.\n\nAssistant:"))
 
 
 def test_prompts_and_longer_completions_by_the_chat_template(chat_folder):
@@ -405,6 +492,9 @@ BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
                   "quantization_config is {'quant_method': 'gptq'}"),
     "other scaling": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}),
                       "rotary positions scaled by 'yarn'"),
+    "other scaling beside": (lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+                             "rotary positions scaled by 'yarn'"),
+    "both directions": (lambda f: edit_json(f / "config.json", is_causal=False), "is_causal is False"),
     "no sizes": (lambda f: edit_json(f / "config.json", hidden_size="remove"), "KeyError: 'hidden_size'"),
     "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), "does not fit config.json: Missing"),
     "far more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "too few for 1000000000"),

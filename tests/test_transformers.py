@@ -108,6 +108,22 @@ def test_a_preference_model_of_any_family_gives_the_same_rewards(tmp_path, start
     assert words("ab").input_ids[-1] == tokenizer.eoc  # a single text gets its <eoc> too
 
 
+@torch.no_grad()
+def test_the_ten_lines_read_the_tokenizer_as_it_stands(tmp_path):
+    """AutoTokenizer splits a Qwen2 model's digits, whatever its tokenizer.json says."""
+    folder = write_folder(make_theirs("Qwen2"), tmp_path / "theirs")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    *_, (last, number) = sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])
+    del spec["model"]["vocab"][last]
+    spec["model"]["vocab"]["12"], spec["model"]["merges"][-1] = number, ["1", "2"]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    model, tokenizer, _ = checkpoint.load(folder, True)
+    assert tokenizer.encode("12").tolist() == [number]
+    ours = [alone(model, tokenizer, "How many?", text)[0] for text in (" 12", " 3")]
+    written(tmp_path / "run", model, tokenizer, "pm")
+    same(torch.tensor(ours), rewards_by_transformers(tmp_path / "run", "How many?", [" 12", " 3"]))
+
+
 @pytest.mark.parametrize("name", ["SmolLM2", "Qwen2", "Mistral"])
 def test_weights_that_were_not_trained_come_back_bit_for_bit(tmp_path, name):
     theirs = make_theirs(name)
