@@ -117,7 +117,7 @@ def accuracy_at_k(lab):
 
     On the toy world the samples are those of the imitation model itself, so its log-prob finds the answer
     that it gives most often, without the slips of sampling, while the preference model has learned from other
-    texts and is only a little better than a random choice. Preference models that learn from comparisons of
+    texts and is hardly better than a random choice. Preference models that learn from comparisons of
     such samples would decide.
     """
     def choose(one, model):
