@@ -65,7 +65,7 @@ def parse_args():
     add("--ctx", type=plan.positive(int),
         help="tokens of X at most (default: what the prompt leaves of the teacher's context)")
     add("--sequences", type=plan.between(int, 64, 2**31), default=8192,
-        help="different X in all, half of each kind (default: %(default)s)")
+        help="different X in all, half of each kind, 64 at least (default: %(default)s)")
     add("--online", action="store_true",
         help="compute the teacher's whole distribution at each step, and store nothing")
     plan.add_training_flags(

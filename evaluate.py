@@ -25,7 +25,7 @@ import checkpoint
 import plan
 from data import toy
 from data.errors import InputError, Parser, run_main
-from data.files import check_writable, find_files, write_file
+from data.files import check_writable, find_files, refuse_overwriting, write_file
 from evals import choices, elo, perplexity, pm, preferences, programs, rerank, toxicity
 from evals.sandbox import sandbox
 from evals.subject import add_model_flags, add_sampling_flags, load_subject, reward_function, samples
@@ -131,6 +131,11 @@ def main():
     args = parse_args()
     if args.out:
         check_writable(args.out)  # before an hour of scoring, not after it
+        flags = [value for name, value in vars(args).items() if name != "out"]
+        words = [word for value in flags for word in (value if isinstance(value, list) else [value])]
+        refuse_overwriting(args.out, [word for word in words if isinstance(word, str) and Path(word).exists()])
+    elif args.benchmark == "sample":
+        raise InputError("--out is missing: sample writes its samples to that file")
     with contextlib.redirect_stdout(LastingOutput()):
         figures, items = args.function(args)
     if args.out:
@@ -183,7 +188,7 @@ def code(args):
     pass@k is the chance that one of k samples passes: 1 - C(n - c, k) / C(n, k) if c of n samples pass, which
     is unbiased."""
     if max(args.k) > args.n:
-        raise InputError(f"--k {max(args.k)} is more than --n {args.n} samples")
+        raise InputError(f"--k {max(args.k)} is more than --n {args.n} samples; give more, or a smaller --k")
     return programs.pass_rates(args, load_subject(args, checkpoint.load_lm))
 
 

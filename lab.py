@@ -17,6 +17,7 @@ Claims:
 """
 import argparse
 import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def parse_args():
         ".gguf file (default, but not for own: one of each size, trained on DIR/text)")
     add("--public", nargs="+", default=[], metavar="FILE",
         help="for own: public comparisons to pre-train on, which pmp-curve needs")
-    add("--sets", nargs="+", choices=RANKED + BINARY, default=RANKED + BINARY, metavar="SET",
+    add("--sets", nargs="+", choices=RANKED + BINARY, metavar="SET",
         help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
     add("--pairs", type=plan.positive(int),
         help="comparisons that preference models and imitations learn from, without those of pre-training (default: "
@@ -99,8 +100,10 @@ def parse_args():
     if args.scale != "paper":
         args.many_seeds = args.seeds or 20  # of a claim whose runs take seconds
         scale = SCALES[args.scale]
-        if args.lm and scale is Toy:
-            raise InputError("toy trains its own language models; --lm is for small, own and gpu")
+        for name in ("lm", "data", "sets"):
+            if scale is Toy and getattr(args, name):
+                raise InputError(f"toy trains its own models in its own worlds; --{name} is for the other scales")
+        args.sets = args.sets or RANKED + BINARY
         args.seeds = args.seeds or scale.default_seeds
         args.sizes = args.sizes or list(scale.default_sizes)
         there = scale.only or [name for name in CLAIMS if name not in scale.without]
@@ -134,7 +137,7 @@ def main():
         print(f"{name} cannot be tested: {why}")
     if args.dry_run:
         for run in everything:
-            print(f"  {'done' if run.done else f'{run.seconds:3.0f} s'}  python {' '.join(run.command())}")
+            print(f"  {'done' if run.done else f'{run.seconds:3.0f} s'}  python {shlex.join(run.command())}")
         return
 
     def tell_verdicts(failed):

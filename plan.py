@@ -181,6 +181,16 @@ def fit_shard(args, ranks, model):
                          "more ranks and --shard auto")
 
 
+def fill_fresh(args, **defaults):
+    """Fill in the flags of a fresh model that are not given. Raises InputError for one that is given with
+    --init, which brings its own."""
+    for name, default in defaults.items():
+        if args.init and getattr(args, name):
+            raise InputError(f"--{name} is for a fresh model, and --init brings its own; leave one of them out")
+        setattr(args, name, getattr(args, name) or default)
+    return args
+
+
 def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
     """A model of --size whose tensors have no memory yet. Each rank will draw its part of them from --seed.
     Raises InputError if training it cannot fit in this machine."""

@@ -39,17 +39,18 @@ def parse_args():
     add("--init",
         help="model to start from, which brings its size and tokenizer: a checkpoint folder, a Hugging Face "
         "folder or a .gguf file of the Llama family")
-    add("--size", choices=SIZES, default="0.8m",
-        help="size of a fresh model, by its parameters without embeddings (default: %(default)s)")
-    add("--tokenizer", default="bpe:2048",
-        help="bytes, gpt2, bpe:N (trained on the data) or a .tiktoken file (default: %(default)s)")
+    add("--size", choices=SIZES,
+        help="size of a fresh model, by its parameters without embeddings (default: 0.8m)")
+    add("--tokenizer",
+        help="tokenizer of a fresh model: bytes, gpt2, bpe:N (trained on the data) or a .tiktoken file (default: "
+        "bpe:2048)")
     add("--ctx", type=plan.positive(int), help="tokens in a sequence (default: 256, or what --init has)")
     add("--held_out", type=float, default=0.01,
         help="part of the documents that is held out for evaluation, 0 to 1 (default: %(default)s)")
     plan.add_training_flags(
         parser, batch=8192, batch_unit="tokens", batch_default="8192", schedule="cosine", warmup=0.03,
         lr_default="0.003 * sqrt(128 / d_model)")
-    return parser.parse_args()
+    return plan.fill_fresh(parser.parse_args(), size="0.8m", tokenizer="bpe:2048")
 
 
 def main():

@@ -60,11 +60,10 @@ def parse_args():
     add("--init",
         help="model to start from: a checkpoint folder (language model or preference model), a Hugging Face "
         "folder or a .gguf file of the Llama family")
-    add("--size", choices=SIZES, default="0.8m",
-        help="size of a fresh model, without --init (default: %(default)s)")
-    add("--tokenizer", default="bytes",
+    add("--size", choices=SIZES, help="size of a fresh model, without --init (default: 0.8m)")
+    add("--tokenizer",
         help="tokenizer of a fresh model: bytes (a token is a byte), gpt2, a .tiktoken file or, for toy "
-        "data, bpe:N (N tokens, learned from its texts; default: %(default)s)")
+        "data, bpe:N (N tokens, learned from its texts; default: bytes)")
     add("--ctx", type=plan.positive(int),
         help="the most tokens that a context and one completion may take; longer contexts are cut on the left "
         "(default: 1024, or what --init has if that is less)")
@@ -90,7 +89,7 @@ def parse_args():
         "that an epoch has enough steps",
         lr_default="the stage's multiple of the rate of the language model that --init comes from; below "
         "100M parameters 0.1 times that rate in both stages")
-    return parser.parse_args()
+    return plan.fill_fresh(parser.parse_args(), size="0.8m", tokenizer="bytes")
 
 
 def main():
@@ -179,8 +178,9 @@ def main():
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     selection.check_flags(args)
-    if args.objective != "ranked" and args.binarise:
-        raise InputError(f"--binarise is for --objective ranked, not {args.objective}")
+    for name, is_given in (("binarise", args.binarise), ("pairs_per_group", args.pairs_per_group != "all")):
+        if args.objective != "ranked" and is_given:
+            raise InputError(f"--{name} is for --objective ranked, not {args.objective}")
     if args.objective == "imitation" and (args.no_eoc or args.lm_weight):
         raise InputError("--no_eoc and --lm_weight are for preference models, not --objective imitation")
 

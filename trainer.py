@@ -53,6 +53,8 @@ def resumed(args, ranks, kind, files):
     """
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
+        if args.resume:
+            ranks.say(f"note: {out} holds no run to go on with, so this one begins")
         return None
     if ranks.main():  # takes the lock and gives it back: this raises InputError if another process writes there
         os.close(lock_folder(out))  # other ranks do not try, as they would meet rank 0's lock
@@ -146,7 +148,8 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             if step > first_step:
                 if eval_every and (step == n_steps or step % eval_every == 0):
                     figures = evaluated(model, evaluate)
-                    log.evaluation(step, figures)
+                    if figures:  # there are none where nothing is held out
+                        log.evaluation(step, figures)
                 if is_last or step % save_every == 0:
                     if ranks.main() or args.shard > 1:  # ranks that share a model each write a part
                         checkpoint.save(
@@ -198,6 +201,8 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
         # and then: it waits for a thread of gloo's, which waits for Python's lock, which the process holds.
         del together
         dist.destroy_process_group()
+    elif step < n_steps:
+        sys.exit(128 + stop.asked)  # as shells have it; what was to follow the whole run does not begin
     return figures
 
 
@@ -262,16 +267,17 @@ def report_non_finite(step, batches, sums, total, where, out):
 class StopSignal:
     """Ctrl-C and SIGTERM ask for a stop after the current step.
 
-    asked: this rank was asked to stop. agreed: all ranks know that some rank was, so they stop together.
+    asked: the signal that asked this rank to stop, or 0. agreed: all ranks know that some rank was asked, so
+    they stop together.
     """
 
     def __enter__(self):
-        self.asked = self.agreed = False
+        self.asked, self.agreed = 0, False
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number, frame):
-        self.asked = True
+        self.asked = number
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

@@ -234,7 +234,8 @@ def make_worlds(seeds, with_sources):
     code = "import sys\nfrom data.toy import sources, toy_folder\nseed = int(sys.argv[1])\ntoy_folder(seed)\n"
     if with_sources:
         code += "for name in sources.READERS:\n    sources.prepared(name, seed)"
-    for process in [subprocess.Popen([sys.executable, "-c", code, str(seed)], cwd=ROOT) for seed in seeds]:
+    command = [sys.executable, "-c", code]
+    for process in [subprocess.Popen([*command, str(seed)], cwd=ROOT, stdout=sys.stderr) for seed in seeds]:
         process.wait()
 
 

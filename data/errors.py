@@ -78,9 +78,15 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
+def script_name():
+    script = Path(sys.argv[0])
+    return script.parent.name if script.name == "__main__.py" else script.name
+
+
 def run_main(main):
     """Call `main()`, as a script's last line does. What the user can mend ends in one line on stderr and
-    exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk.
+    exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk. Ctrl-C ends in one
+    line and exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what is no text
         with contextlib.suppress(OSError):  # of a stream that was exchanged
@@ -92,9 +98,16 @@ def run_main(main):
         os._exit(141)
     except InputError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        if is_first_to_fail():
+            print(f"{script_name()}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except OSError as error:
+        from data.files import cache_dir
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
+        if where.startswith(str(cache_dir())) and isinstance(error, PermissionError):
+            message += "; this is the cache: set HHH_LAB_CACHE to a folder that can be written"
     except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         if is_out_of_memory(error):
@@ -105,10 +118,8 @@ def run_main(main):
                        "with --resume")
         else:
             raise
-    script = Path(sys.argv[0])
-    name = script.parent.name if script.name == "__main__.py" else script.name
     if is_first_to_fail():
-        print(f"{name}: error: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"{script_name()}: error: {one_line(message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         os._exit(2)  # without an orderly shutdown, as other ranks may wait in a collective for ever
     sys.exit(2)

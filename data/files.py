@@ -298,6 +298,20 @@ def check_writable(path):
         pass
 
 
+def refuse_overwriting(out, paths):
+    """Raise InputError if the file `out` is one of those that are read. These are `paths`, or what is in a folder
+    of them: of a checkpoint all but the .jsonl files that an evaluation has left there."""
+    place = output_file(out)
+    for path in map(Path, paths):
+        inside = [path]
+        if (path / "config.json").exists():
+            inside = [file for file in path.iterdir() if file.suffix != ".jsonl" or file.name == "metrics.jsonl"]
+        elif path.is_dir() and place.exists():
+            inside = find_files([path], (".csv",))
+        if any(Path(os.path.realpath(file)) == place for file in inside):
+            raise InputError(f"{out}: --out is one of the files that are read; give another name")
+
+
 def lock_folder(out):
     """Hold the folder OUT of a run for this process, until the file descriptor that is returned is closed or
     the process ends. Raises InputError, with the process that holds it, if another run is writing there."""

@@ -31,7 +31,7 @@ import zstandard
 from tqdm import tqdm
 
 from data.errors import InputError, Parser, run_main
-from data.files import check_writable, naming, output_file, valid_unicode
+from data.files import check_writable, naming, output_file, refuse_overwriting, valid_unicode
 from data.sources.count import Count
 from data.text import find_special
 
@@ -104,6 +104,7 @@ def parse_args():
                      f"{', '.join(SOURCES)}")
     module_name, records, add_flags = SOURCES[name]
     module = importlib.import_module(module_name)
+    parser.prog += f" {name}"
     if add_flags:
         getattr(module, add_flags)(parser)
     args = parser.parse_args()
@@ -118,11 +119,14 @@ def parse_args():
 def check_files(args):
     """Raise InputError for files that are missing or must not be read together."""
     for path in args.raw:
+        if path.is_dir():
+            raise InputError(f"{path}: this is a folder; name the published files in it")
         if not path.is_file():
             raise InputError(f"{path}: no such file; name the published file, or give --download to fetch it "
                              "to this place")
-        if path.resolve() == args.out.resolve():
-            raise InputError(f"{path}: --out is the same file as --raw")
+    refuse_overwriting(args.out, args.raw)
+    if not re.search(r"\.jsonl(\.(gz|xz|bz2|zst))?$", args.out.name):
+        raise InputError(f"{args.out}: lines of JSON are written; give a name that ends in .jsonl")
     tests = [path for path in args.raw if TEST_SPLIT.search(path.name.lower())]
     if tests and len(tests) < len(args.raw):
         raise InputError(f"{tests[0]}: a test split must not be mixed with other files; give each split its "

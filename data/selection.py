@@ -86,7 +86,7 @@ def split(args, data, room):
                              "goes by the order of scores")
     if not len(train):
         raise InputError(f"{data.files[0]}: no comparison to train on is left at --ctx {room} and --held_out "
-                         f"{args.held_out}")
+                         f"{args.held_out}" + "".join(f"; {note}" for note in notes))
     if args.pairs and args.pairs > len(train):
         raise InputError(f"--pairs {args.pairs}: there are only {len(train)} training comparisons")
     if args.pairs and args.pairs < len(train):

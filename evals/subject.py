@@ -60,8 +60,10 @@ class Subject:
         for number, path in enumerate(files):
             part = self.held_out_part(path)
             if split == "all" or (split == "auto" and part is None):
-                trained = "" if part is None else " (the model was trained on some of them)"
-                print(f"{path}: all groups{trained}")
+                trained = "as no file with this content was trained on"
+                if part is not None:
+                    trained = "though the model was trained on some of them"
+                print(f"{path}: all groups, {trained}")
                 continue
             if part is None:
                 raise InputError(f"{path}: the model was not trained on this file, so it has no held-out "

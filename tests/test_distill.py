@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (DATA, losses, make_texts, metrics, read_jsonl, read_meta, run_refused, run_well,
+from conftest import (DATA, losses, make_texts, metrics, read_jsonl, read_meta, run, run_refused, run_well,
                       write_jsonl)
 
 import checkpoint
@@ -154,7 +154,7 @@ def stop_after_five():
 
 def test_resumed_equals_uninterrupted(distilled, flags, tmp_path):
     out = tmp_path / "out"
-    run_well("distill.py", *flags, "--out", out, before=stop_after_five)
+    assert run("distill.py", *flags, "--out", out, before=stop_after_five).returncode == 128 + signal.SIGTERM
     assert len(losses(out)) < len(losses(distilled[0]))
     run_well("distill.py", *flags, "--out", out, "--resume")
     assert metrics(out)[-1] == metrics(distilled[0])[-1]

@@ -4,6 +4,7 @@ import gzip
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_a_copy_of_the_file_is_known_by_its_content(pm, comparisons_file, tmp_pa
 def test_split_all_means_it(pm, comparisons_file, tmp_path):
     _, printed = evaluate_pm("--model", pm, "--data", comparisons_file, "--split", "all",
                              "--out", tmp_path / "a.jsonl")
-    assert f"{comparisons_file}: all groups (the model was trained on some of them)" in printed
+    assert f"{comparisons_file}: all groups, though the model was trained on some of them" in printed
     everything = lines_with_something_to_rank(comparisons_file)
     assert scored_lines(tmp_path / "a.jsonl", comparisons_file) == everything
 
@@ -164,9 +165,9 @@ def test_other_files_are_evaluated_whole_beside_those_trained_on(pm, comparisons
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(30, seed=1))
     whole = lines_with_something_to_rank(other)
     result, printed = evaluate_pm("--model", pm, "--data", other)
-    assert f"{other}: all groups\n" in printed and result["n"] == len(whole)
+    assert f"{other}: all groups, as no file with this content was trained on\n" in printed and result["n"] == len(whole)
     _, printed = evaluate_pm("--model", pm, "--data", comparisons_file, other, "--out", tmp_path / "a.jsonl")
-    assert "held-out groups only" in printed and f"{other}: all groups\n" in printed
+    assert "held-out groups only" in printed and f"{other}: all groups, as no file with this content was trained on\n" in printed
     held_out = lines_with_something_to_rank(comparisons_file, held_out=0.3)
     assert scored_lines(tmp_path / "a.jsonl", comparisons_file) == held_out
     assert scored_lines(tmp_path / "a.jsonl", other) == whole
@@ -257,13 +258,39 @@ def test_scores_equal_those_of_separate_forwards(request, few, tmp_path, name, r
 
 def test_scores_without_contexts_can_be_left_out(pm, few, tmp_path):
     flags = ("--model", pm, "--data", few)
-    whole, _ = evaluate_pm(*flags, "--out", tmp_path / "whole")
-    part, printed = evaluate_pm(*flags, "--skip_no_context", "--out", tmp_path / "part")
+    whole, _ = evaluate_pm(*flags, "--out", tmp_path / "whole.jsonl")
+    part, printed = evaluate_pm(*flags, "--skip_no_context", "--out", tmp_path / "part.jsonl")
     assert {key: value for key, value in whole.items() if not key.startswith("no_context")} == part
     assert "no context" not in printed
     items = [{key: value for key, value in item.items() if key != "no_context"}
-             for item in read_jsonl(tmp_path / "whole")]
-    assert items == read_jsonl(tmp_path / "part")
+             for item in read_jsonl(tmp_path / "whole.jsonl")]
+    assert items == read_jsonl(tmp_path / "part.jsonl")
+
+
+def test_what_is_read_is_not_overwritten(pm, few, tmp_path):
+    data = Path(shutil.copy(few, tmp_path / "data.jsonl"))
+    before = data.read_bytes()
+    for out, words in ((data, "--out is one of the files that are read"), (pm / "metrics.jsonl", "are read"),
+                       (pm / "config.json", "are read")):
+        assert words in refused("--model", pm, "--data", data, "--out", out)
+    assert "are read" in refused("--model", pm, "--data", tmp_path, "--out", data)
+    assert data.read_bytes() == before
+    evaluate_pm("--model", pm, "--data", data, "--out", tmp_path / "new.jsonl")
+    line = run_refused("evaluate.py", "sample", "--model", pm, "--data", data)
+    assert "--out is missing" in line
+
+
+def interrupt():
+    """Press Ctrl-C when scoring begins."""
+    def score_all(*_, **__):
+        raise KeyboardInterrupt
+    figures.score_all = score_all
+
+
+def test_an_interrupted_evaluation_ends_in_one_line(pm, few, tmp_path):
+    line = run_refused("evaluate.py", "pm", "--model", pm, "--data", few, "--out", tmp_path / "out.jsonl",
+                       exit_code=130, before=interrupt)
+    assert line == "evaluate.py: interrupted\n" and not (tmp_path / "out.jsonl").exists()
 
 
 def test_ties_count_half_and_are_reported(lm, tmp_path):
@@ -299,8 +326,8 @@ def test_what_is_printed_are_the_figures(pm, comparisons_file):
 def test_figures_are_the_same_whatever_the_micro_batch(pm, comparisons_file, tmp_path):
     for name, micro in (("a", 1), ("b", 100_000)):
         evaluate_pm("--model", pm, "--data", comparisons_file, "--split", "all", "--micro_tokens", micro,
-                    "--out", tmp_path / name)
-    for a, b in zip(read_jsonl(tmp_path / "a"), read_jsonl(tmp_path / "b"), strict=True):
+                    "--out", tmp_path / f"{name}.jsonl")
+    for a, b in zip(read_jsonl(tmp_path / "a.jsonl"), read_jsonl(tmp_path / "b.jsonl"), strict=True):
         assert (a["where"], a["scores"]) == (b["where"], b["scores"])
         assert a["reward"] == pytest.approx(b["reward"], abs=2e-5)
         assert a["no_context"] == pytest.approx(b["no_context"], abs=2e-5)

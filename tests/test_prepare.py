@@ -208,7 +208,10 @@ REFUSED = {  # flags, and words of the answer
     "empty": ("pairs --raw {empty}", "nothing came out of 0 records"),
     "nothing kept": ("pairs --raw {equal}", "left out: 1 pairs of two equal texts"),
     "mixed splits": ("pairs --raw {good} {test}", "a test split must not be mixed"),
-    "out is raw": ("pairs --raw {good} --out {good}", "--out is the same file as --raw"),
+    "out is raw": ("pairs --raw {good} --out {good}", "--out is one of the files that are read"),
+    "a prompt in HH": ("hh --raw {good}", 'it has a "prompt", unlike HH-RLHF; data.prepare pairs reads such'),
+    "another kind of file": ("pairs --raw {good} --out {good}.csv", "give a name that ends in .jsonl"),
+    "a folder": ("pairs --raw {folder}", "this is a folder"),
     "not of Reddit": ("reddit --raw {good}", "good.jsonl:1: neither a submission"),
     "not of Wikipedia": ("wikipedia --raw {good}", "no <page> on a line"),
     "bz2": ("pairs --raw {good} --out {good}.bz2", "--out ends in"),
@@ -224,7 +227,7 @@ REFUSED = {  # flags, and words of the answer
 
 @pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(tmp_path, flags, words):
-    files = {"good": write_jsonl(tmp_path / "good.jsonl", [PAIR]), "tar": write(tmp_path / "ethics.tar", "x"),
+    files = {"folder": tmp_path, "good": write_jsonl(tmp_path / "good.jsonl", [PAIR]), "tar": write(tmp_path / "ethics.tar", "x"),
              "test": write_jsonl(tmp_path / "x_test.jsonl", [PAIR]), "empty": write(tmp_path / "e", ""),
              "equal": write_jsonl(tmp_path / "equal.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}])}
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}

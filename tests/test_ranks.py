@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, make_texts, metrics, rankable_comparisons, run_ranks,
-                      run_refused, run_well, slow, start_ranks, write_jsonl)
+                      run, run_refused, run_well, slow, start_ranks, write_jsonl)
 
 import checkpoint
 import trainer
@@ -96,7 +96,8 @@ def test_a_run_goes_on_with_other_ranks_and_shards(trainings, tmp_path):
         out = tmp_path / name
         for ranks, more, before in ((first, (), stop_after_three), (second, ("--resume",), None)):
             if ranks is None:
-                run_well(*words, "--out", out, *more, before=before)
+                done = run(*words, "--out", out, *more, before=before)
+                assert done.returncode == (128 + signal.SIGTERM if before else 0), done
             else:
                 run_ranks(*words, "--shard", ranks[1], "--out", out, *more, n=ranks[0], before=before)
         assert_same(one, out)

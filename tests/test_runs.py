@@ -216,7 +216,7 @@ def test_a_signal_saves_and_ends_well(run_flags, uninterrupted, tmp_path, number
     running.wait_for("step 1/12")
     os.kill(running.process.pid, number)
     done = running.result()
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 128 + number and done.stderr == ""
     step = len(losses(out))
     assert step < 12 and f"stopped after step {step} of 12; go on with --resume" in done.stdout
     assert checkpoint.load(out)[2]["step"] == step

@@ -225,10 +225,27 @@ def test_where_no_data_is_named_it_is_the_toy_world(tmp_path):
     (("--sizes", "5"), "--sizes needs one number for each of the 2 --data, found 1"),
     (("--sizes", "5", "5", "--pairs", "3"), "give one of --sizes, --weights and --pairs"),
     (("--binarise", "--objective", "imitation"), "--binarise is for --objective ranked"),
+    (("--pairs_per_group", "1", "--objective", "binary"), "--pairs_per_group is for --objective ranked"),
+    (("--init", "out/lm", "--size", "test"), "--size is for a fresh model, and --init brings its own"),
+    (("--init", "out/lm", "--tokenizer", "bytes"), "--tokenizer is for a fresh model"),
     (("--no_eoc", "--objective", "imitation"), "--no_eoc and --lm_weight are for preference models")])
 def test_flags_that_do_not_go_together_are_refused(comparisons_file, tmp_path, more, words):
     assert words in run_refused(
         "train_pm.py", "--data", comparisons_file, comparisons_file, "--out", tmp_path / "out", *more)
+
+
+def test_a_file_of_ties_is_refused_with_the_reason(tmp_path):
+    ties = write_jsonl(tmp_path / "ties.jsonl", [
+        {"context": f"Q{i}", "completions": ["a", "b"], "scores": [1, 1]} for i in range(5)])
+    line = run_refused("train_pm.py", "--data", ties, "--size", "test", "--out", tmp_path / "out")
+    assert "no comparison to train on is left" in line and "5 whose scores are all equal" in line
+
+
+def test_with_nothing_to_go_on_with_a_run_begins_and_says_so(comparisons_file, tmp_path):
+    printed = run_well("train_pm.py", "--data", comparisons_file, "--size", "test", "--steps", 1, "--held_out", 0,
+                       "--out", tmp_path / "new", "--resume")
+    assert f"note: {tmp_path / 'new'} holds no run to go on with, so this one begins" in printed
+    assert "held out:" not in printed  # nothing is
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,11 @@ URLS = {  # set: {end of a file's path: where it is published}
 def hh(paths, args, count):
     """HH-RLHF: two dialogues. What they share, up to an Assistant's turn, is the context. The group is what
     stands before the first reply, as the turns of one dialogue are several records."""
-    return converted_records(paths, count, lambda record: _pair(record, ("chosen", "rejected")))
+    def convert(record):
+        if "prompt" in record:
+            raise ValueError('it has a "prompt", unlike HH-RLHF; data.prepare pairs reads such records')
+        return _pair(record, ("chosen", "rejected"))
+    return converted_records(paths, count, convert)
 
 
 def pairs(paths, args, count):
