@@ -16,6 +16,7 @@ import fcntl
 import gzip
 import http.client
 import importlib
+import inspect
 import json
 import lzma
 import os
@@ -105,6 +106,7 @@ def parse_args():
     module_name, records, add_flags = SOURCES[name]
     module = importlib.import_module(module_name)
     parser.prog += f" {name}"
+    parser.description = inspect.getdoc(getattr(module, records))
     if add_flags:
         getattr(module, add_flags)(parser)
     args = parser.parse_args()

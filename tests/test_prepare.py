@@ -59,6 +59,33 @@ def test_pairs(tmp_path):
     assert records[1]["group"] == "7" and count.places == [f'{path}:3: no text "prompt"']
 
 
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+ASKED = [message("user", "Hi."), message("assistant", "Hello."), message("user", "And?")]
+
+
+@pytest.mark.parametrize("record", [
+    {"chosen": [*ASKED, message("assistant", "So.")], "rejected": [*ASKED, message("assistant", "No.")]},
+    {"prompt": "Hi.", "chosen": [*ASKED, message("assistant", "So.")], "rejected": [*ASKED, message("assistant", "No.")]},
+    {"prompt": ASKED, "chosen": [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}])
+def test_chat_messages_become_dialogues(tmp_path, record):
+    records, _ = read("pairs", write_jsonl(tmp_path / "chat.jsonl", [record]))
+    assert records == [{"context": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:",
+                        "completions": [" So.", " No."], "scores": [1, 0], "group": "\n\nHuman: Hi.\n\nAssistant:"}]
+
+
+def test_a_single_prompt_and_the_systems_words_in_chat_messages(tmp_path):
+    answers = {"chosen": [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}
+    told = {key: [message("system", "Be brief."), message("user", "Hi."), *value] for key, value in answers.items()}
+    records, count = read("pairs", write_jsonl(tmp_path / "chat.jsonl", [
+        {"prompt": "Hi.", **answers}, told, {**told, "chosen": [message("tool", "4")]}]))
+    assert [record["context"] for record in records] == [
+        "\n\nHuman: Hi.\n\nAssistant:", "Be brief.\n\nHuman: Hi.\n\nAssistant:"]
+    assert count.n_bad == 1 and "a message of 'tool'" in count.places[0]
+
+
 def test_summarize(tmp_path):
     two = [{"text": "short "}, {"text": "long"}]
     path = write_jsonl(tmp_path / "a.jsonl", [

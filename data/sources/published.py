@@ -7,6 +7,7 @@ either all trained on or all held out.
 from data.comparisons import hash64, parse
 from data.sources.count import LeftOut, converted_records
 
+TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 HH_PARTS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SUMMARIZE_URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
@@ -25,8 +26,9 @@ URLS = {  # set: {end of a file's path: where it is published}
 
 
 def hh(paths, args, count):
-    """HH-RLHF: two dialogues. What they share, up to an Assistant's turn, is the context. The group is what
-    stands before the first reply, as the turns of one dialogue are several records."""
+    """HH-RLHF: {"chosen", "rejected"}, two dialogues. What they share, up to an Assistant's turn, is the
+    context. The group is what stands before the first reply, as the turns of one dialogue are several records.
+    """
     def convert(record):
         if "prompt" in record:
             raise ValueError('it has a "prompt", unlike HH-RLHF; data.prepare pairs reads such records')
@@ -35,9 +37,33 @@ def hh(paths, args, count):
 
 
 def pairs(paths, args, count):
-    """Any file of {"prompt", "chosen", "rejected"}. The group is the record's "group", or else the prompt."""
-    keys = ("prompt", "chosen", "rejected")
-    return converted_records(paths, count, lambda record: _pair(record, keys, "group"))
+    """Any file of {"prompt", "chosen", "rejected"}. The group is the record's "group", or else the prompt.
+
+    All three may be lists of chat messages, {"role", "content"}, and the prompt may be the first ones of both
+    lists. Their context ends with the last turn of the user that both have in common, and the group is what
+    stands before the first reply."""
+    def convert(record):
+        if isinstance(record.get("chosen"), list):
+            return _pair(_as_dialogues(record), ("chosen", "rejected"), "group")
+        return _pair(record, ("prompt", "chosen", "rejected"), "group")
+    return converted_records(paths, count, convert)
+
+
+def _as_dialogues(record):
+    """A record whose chosen and rejected are lists of messages, as two whole dialogues."""
+    before = record.get("prompt") or []
+    if isinstance(before, str):  # beside whole conversations it only repeats their first message
+        is_repeated = record["chosen"][0]["role"] != "assistant"
+        before = [] if is_repeated else [{"role": "user", "content": before}]
+    return record | {key: _dialogue([*before, *record[key]]) for key in ("chosen", "rejected")}
+
+
+def _dialogue(messages):
+    """The text of messages. What the system says stands before the first turn."""
+    for number, message in enumerate(messages):
+        if message["role"] not in TURNS or (message["role"] == "system" and number):
+            raise ValueError(f"a message of {message['role']!r:.20} where a user's or an assistant's may stand")
+    return "".join(TURNS[message["role"]] + message["content"] for message in messages)
 
 
 def _pair(record, keys, *more_keys):
