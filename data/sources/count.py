@@ -47,8 +47,8 @@ class Count:
                          f"--max_bad {min(1, self.n_bad / max(1, self.total)):.2g} would leave them out")
 
     def _broken(self):
-        share = self.n_bad / max(1, self.total)
-        return f"{self.n_bad:,} of {self.total:,} records are broken, {share:.2%}"
+        total = max(1, self.total, self.n_bad)  # a file that cannot be read at all is no record, and broken
+        return f"{self.n_bad:,} of {total:,} records are broken, {self.n_bad / total:.2%}"
 
     def summary(self):
         """Lines that say what was left out and what was broken."""
