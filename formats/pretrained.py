@@ -26,6 +26,9 @@ def read_pretrained(place):
         hf = read_json(config_path)
         if "eoc_token_id" in hf:
             raise InputError(f"{place}: no checkpoint in this folder that is whole: meta.json is missing")
+        if (place / "adapter_config.json").is_file():
+            raise InputError(f"{place}: holds an adapter, adapter_config.json, which is not read; merge it into the "
+                             "model first")
         config = read_config(hf, config_path)
         spec, settings = read_json(place / "tokenizer.json"), read_settings(place)
         state = read_weights(place)

@@ -495,6 +495,7 @@ BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
     "other scaling beside": (lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
                              "rotary positions scaled by 'yarn'"),
     "both directions": (lambda f: edit_json(f / "config.json", is_causal=False), "is_causal is False"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "no sizes": (lambda f: edit_json(f / "config.json", hidden_size="remove"), "KeyError: 'hidden_size'"),
     "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=4), "does not fit config.json: Missing"),
     "far more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "too few for 1000000000"),
