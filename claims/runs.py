@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import modulefinder
-import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -84,10 +84,7 @@ class Run:
                 code = subprocess.run(launched(command, launch), cwd=ROOT, env=os.environ | environment,
                                       stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
         else:
-            process = processes.Process(target=run_script, args=(command, str(log), environment))
-            process.start()
-            process.join()
-            code = process.exitcode
+            code = exit_code(run_script, command, str(log), environment)
         last_line = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
         why = f"exit code {code}" if code else ""
         if self.trains and last_line.startswith("stopped after step"):
@@ -155,6 +152,23 @@ def launched(command, launch):
 PRELOAD = ["torch", "torch._dynamo", "tiktoken", "tokenizers", "train_lm", "train_pm", "distill", "evaluate",
            "lab"]
 processes = multiprocessing.get_context("forkserver")
+
+
+process_table = threading.Lock()
+
+
+def exit_code(function, *args):
+    """The exit code of a process of its own in which the function is called.
+
+    Jobs do this in threads. Starting a process also looks after all others, and two threads that read one's exit
+    code at the same time would take it from each other: one of them finds 255. So it is read with a lock held."""
+    process = processes.Process(target=function, args=args)
+    with process_table:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel])
+    with process_table:
+        process.join()
+        return process.exitcode
 
 
 def run_script(command, log, environment):

@@ -2,8 +2,12 @@
 import argparse
 import json
 import math
+import multiprocessing.forkserver
+import os
 import re
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,6 +100,19 @@ def test_an_interrupted_training_is_resumed(tmp_path, lm, comparisons_file):
     (begun.out / "metrics.jsonl").write_text("")
     assert execute([begun], jobs=1) == {} and begun.figures["comparisons"] > 0
     assert (begun.out / "model.safetensors").exists() and not (begun.out / "train_state.pt").exists()
+
+
+def test_exit_codes_are_not_lost_between_jobs(monkeypatch):
+    """Python's own code loses one now and then, and more often where reading it takes a while."""
+    read = multiprocessing.forkserver.read_signed
+
+    def read_slowly(sentinel):
+        time.sleep(0.01)
+        return read(sentinel)
+    monkeypatch.setattr(multiprocessing.forkserver, "read_signed", read_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda i: runs.exit_code(os._exit, i % 5), range(40)))
+    assert codes == [i % 5 for i in range(40)]
 
 
 def test_each_job_has_a_gpu_or_a_share_of_the_cores(monkeypatch):
