@@ -87,11 +87,7 @@ def elo_ranks(lab):
 
 def truthfulqa_needs_mutual_information(lab):
     """Section 2.2: on questions with popular falsehoods mutual information is a better score than the raw
-    log-prob, by which larger models are right less often; by mutual information they are right more often.
-
-    A model that does not know the answers is no better than the rule that the longest one is true, so what its
-    scores prefer need not be the truth. Larger models would decide.
-    """
+    log-prob, by which larger models are right less often; by mutual information they are right more often."""
     runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
     yield runs
     rules = {"sum log-prob": "sum", "mean log-prob": "mean", "mutual information": "mi", "longest": "longest"}

@@ -109,9 +109,8 @@ def introduction(outcomes):
         f"{len(outcomes)} verdicts on {n} parts of claims. Effects are differences with 95 % intervals over "
         "test groups and seeds. A claim *holds* if all parts of its sentence hold and *does not hold* if one "
         "of them does not; otherwise, or where a premise is not given or a part is not tested, these runs "
-        "*cannot tell*. A 95 % "
-        "interval misses the truth in one case of twenty: if there were no effects at all, about "
-        f"{n / 20:.1f} of the {n} parts would be told from 0 all the same.")
+        "*cannot tell*. A 95 % interval misses the truth in one case of twenty: if there were no effects at "
+        f"all, about {n / 20:.1f} of the {n} parts would be told from 0 all the same.")
 
 
 def verdict_line(outcome):
