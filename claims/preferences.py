@@ -56,7 +56,11 @@ def add_kinds(lab, right, sentence, result, findings):
 
 def ranked_beats_imitation(lab):
     """Section 3.2: on ranked data a preference model is right more often than imitation, and the more so the
-    larger the model."""
+    larger the model.
+
+    On the toy world the larger models' difference is plain, but from world to world the smaller ones' differs by
+    more than theirs is ahead. About ten worlds would decide.
+    """
     arms = against_imitation(lab, lab.ranked)
     yield arms
     right, sentence = with_rulers(lab, arms), "preference model > imitation"
@@ -67,10 +71,10 @@ def ranked_beats_imitation(lab):
 def binary_equals_imitation(lab):
     """Section 3.3: on binary data a preference model is right about as often as imitation.
 
-    On the toy world the mean hides what the kinds of questions show: answers that can be checked against the
-    question, such as lists and sums, are told better by a reward, and facts by imitation, which learns from
-    every word of an answer. Models that know the facts before they see comparisons would decide whether the
-    paper's equality is more than such a sum.
+    On the toy world the mean hides what the kinds of questions show: lists, which can be checked against the
+    question, are told better by a reward, and facts rather by imitation, which learns from every word of an
+    answer. Models that know the facts before they see comparisons would decide whether the paper's equality is
+    more than such a sum.
     """
     arms = against_imitation(lab, lab.binary)
     yield arms
@@ -86,8 +90,8 @@ def calibration(lab):
     """Section 2.1: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is
     better.
 
-    On the toy world models are right a little more often than they say, and the interval reaches further
-    than the 3 points that count as calibrated. Some thirty worlds would decide.
+    On the toy world what is off is less than 3 points, which count as calibrated, but the interval reaches
+    further. Some thirty worlds would decide.
     """
     arm = ranked_models(lab, lab.ranked)[lab.size]
     yield arm

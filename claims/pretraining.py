@@ -154,7 +154,7 @@ def synthetic_transfer(lab):
     changes; a binarised one less.
 
     Here what pre-training has taught about the texts is of use even where the order changes: 200 pairs are
-    enough to turn it round, and a model that starts afresh is behind. Fewer pairs of finetuning would show
+    enough to turn it round, and a model that starts afresh is not ahead. Fewer pairs of finetuning would show
     whether there is a time at which the old order is in the way.
     """
     common = ("--ctx", 64, "--dtype", "fp32", "--lm_weight", 0, "--held_out", 0.02)
