@@ -127,8 +127,6 @@ def check_files(args):
             raise InputError(f"{path}: no such file; name the published file, or give --download to fetch it "
                              "to this place")
     refuse_overwriting(args.out, args.raw)
-    if not re.search(r"\.jsonl(\.(gz|xz|bz2|zst))?$", args.out.name):
-        raise InputError(f"{args.out}: lines of JSON are written; give a name that ends in .jsonl")
     tests = [path for path in args.raw if TEST_SPLIT.search(path.name.lower())]
     if tests and len(tests) < len(args.raw):
         raise InputError(f"{tests[0]}: a test split must not be mixed with other files; give each split its "

@@ -306,11 +306,11 @@ def tensors_in(nested):
 # ------------------------------------------------------------------------------------------------------------
 # Fixtures: each is made once for all tests
 
-LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", "--ctx", 192, "--batch", 768, "--steps", 10,
-            "--held_out", 0.1, "--dtype", "fp32")
+LM_STEPS = ("--ctx", 192, "--batch", 768, "--steps", 10, "--held_out", 0.1, "--dtype", "fp32")
+LM_FLAGS = ("--size", "test", "--tokenizer", "bytes", *LM_STEPS)  # of a fresh model
 PM_FLAGS = ("--steps", 8, "--batch", 8, "--held_out", 0.3, "--dtype", "fp32", "--lr", 0.003)
 # For runs that are equal to rounding only: Adam makes much of rounding, more so the larger its steps.
-GENTLE_LM = (*LM_FLAGS, "--lr", 3e-4, "--steps", 5)
+GENTLE_LM = (*LM_STEPS, "--lr", 3e-4, "--steps", 5)
 GENTLE = (*PM_FLAGS, "--lr", 3e-4, "--steps", 5)
 
 

@@ -561,7 +561,7 @@ def test_the_report_is_one_file_and_tells_failures(tmp_path):
         scale, seeds, sizes, given = "toy", 3, ["test"], ["--seeds", "3"]
     panel = Panel({"": {"a": [49, 51], "b": [54, 56]}}, "accuracy, %")
     part = finding("b minus a", ">", Estimate(5.0, 2.0, 8.0, data="9 items in 3 groups, 3 seeds"))
-    told = Outcome([part], [], [finding("c", ">", over_seeds([1.0, 1.0]))], {"": panel}, "what <is> left")
+    told = Outcome([part], [], [finding("c", ">", over_seeds([1.0, 1.0]))], {"": panel})
     told.png, told.explanation = picture(told), "Because of the weather."
     results = {"it-holds": ("It holds.", told),
                "it-failed": ("It fails.", "train_pm.py: exit code 2: no <data>")}
@@ -572,12 +572,14 @@ def test_the_report_is_one_file_and_tells_failures(tmp_path):
     row = "| it-holds | +5.0 (+2.0 to +8.0) points | *holds* | It holds. |"
     assert f"{row} `python lab.py toy it-holds --seeds 3` |" in text
     assert "- beside: c: +1.0 points (no interval): *cannot tell*" in text
-    assert "Verdict: *holds*. Not tested: what <is> left." in text and "9 items in 3 groups, 3 seeds" in text
+    assert "Verdict: *holds*." in text and "9 items in 3 groups, 3 seeds" in text
     assert "failed: train_pm.py: exit code 2" in text and (tmp_path / "it-holds.png").read_bytes() == told.png
     claim = json.loads((tmp_path / "results.json").read_text())["claims"]["it-holds"]
     assert claim["verdict"] == claim["findings"][0]["verdict"] == "holds"
     assert claim["findings"][1]["low"] is None
     assert "weather" not in text  # nothing has to be explained where a claim holds
+    told.untested = "what <is> left"
+    assert verdict_line(told).startswith("Verdict: *cannot tell*. Not tested: what <is> left.")
     told.parts = [finding("b minus a", ">", Estimate(-5.0, -8.0, -2.0))]
     assert verdict_line(told) == (
         "Verdict: *does not hold*. Not tested: what <is> left. Because of the weather.")

@@ -237,7 +237,6 @@ REFUSED = {  # flags, and words of the answer
     "mixed splits": ("pairs --raw {good} {test}", "a test split must not be mixed"),
     "out is raw": ("pairs --raw {good} --out {good}", "--out is one of the files that are read"),
     "a prompt in HH": ("hh --raw {good}", 'it has a "prompt", unlike HH-RLHF; data.prepare pairs reads such'),
-    "another kind of file": ("pairs --raw {good} --out {good}.csv", "give a name that ends in .jsonl"),
     "a folder": ("pairs --raw {folder}", "this is a folder"),
     "not of Reddit": ("reddit --raw {good}", "good.jsonl:1: neither a submission"),
     "not of Wikipedia": ("wikipedia --raw {good}", "no <page> on a line"),

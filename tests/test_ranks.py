@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (GENTLE, GENTLE_LM, LM_FLAGS, make_texts, metrics, rankable_comparisons, run_ranks,
+from conftest import (GENTLE, GENTLE_LM, LM_STEPS, make_texts, metrics, rankable_comparisons, run_ranks,
                       run, run_refused, run_well, slow, start_ranks, write_jsonl)
 
 import checkpoint
@@ -163,7 +163,7 @@ def test_blocks_are_gathered_in_the_precision_of_their_products(trainings, tmp_p
 
 
 def test_a_shard_is_a_part_of_the_ranks(lm, text_file, tmp_path):
-    flags = ("train_lm.py", "--init", lm, "--data", text_file, *LM_FLAGS, "--shard", 3)
+    flags = ("train_lm.py", "--init", lm, "--data", text_file, *LM_STEPS, "--shard", 3)
     assert "has to be a multiple of it, and is 1" in run_refused(*flags, "--out", tmp_path / "out")
 
 

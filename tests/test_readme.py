@@ -53,6 +53,9 @@ def tiny(command, folder):
     files["my_texts/"] = folder / "my_texts.jsonl"
     flags = [str(files.get(flag, flag)) for flag in flags]
     extra = shlex.split(TINY.get(script, ""))
+    for flag in ("--size", "--tokenizer"):
+        if "--init" in flags and flag in extra:  # these are for a fresh model
+            del extra[extra.index(flag):extra.index(flag) + 2]
     if script == "evaluate.py" and "--prompt" in flags:
         extra += ["--prompt_tokens", "160"]
     return script, flags + extra

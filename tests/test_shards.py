@@ -18,8 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import (GENTLE, make_comparisons, metrics, run_ranks, run_refused, run_well, slow, stop_in_one_line,
-                      write_jsonl)
+from conftest import (GENTLE, make_comparisons, metrics, run, run_ranks, run_refused, run_well, slow,
+                      stop_in_one_line, write_jsonl)
 from test_bad_input import DAMAGE, change_json
 from test_ranks import assert_same
 
@@ -118,7 +118,8 @@ def test_another_number_of_ranks_or_shards_goes_on(flags, copy, uninterrupted, n
 
 
 def test_sharded_ranks_go_on_from_one_processs_checkpoint(flags, uninterrupted, tmp_path):
-    run_well(*flags, "--out", tmp_path / "out", before=functools.partial(stop_after, 2))
+    stopped = run(*flags, "--out", tmp_path / "out", before=functools.partial(stop_after, 2))
+    assert stopped.returncode == 128 + signal.SIGTERM
     printed = run_ranks(*flags, "--shard", 4, "--out", tmp_path / "out", "--resume", n=4)
     assert "resumed after step 2" in printed
     assert_same(uninterrupted, tmp_path / "out")
