@@ -102,7 +102,8 @@ def parse_args():
         scale = SCALES[args.scale]
         for name in ("lm", "data", "sets"):
             if scale is Toy and getattr(args, name):
-                raise InputError(f"toy trains its own models in its own worlds; --{name} is for the other scales")
+                raise InputError(f"toy trains its own models in its own worlds; --{name} is for the other "
+                                 "scales")
         args.sets = args.sets or RANKED + BINARY
         args.seeds = args.seeds or scale.default_seeds
         args.sizes = args.sizes or list(scale.default_sizes)

@@ -300,7 +300,7 @@ class GPT(nn.Module):
         half = self.config.d_head // 2
         precise = torch.promote_types(self.dtype, torch.float32)  # fp32, or fp64 if that is dtype
         exponents = torch.arange(half, device=positions.device, dtype=precise) / half
-        # theta ** -exponents differs in the last bit from what transformers computes, and far positions show it.
+        # theta ** -exponents differs in its last bit from what transformers computes: far positions show it.
         frequencies = scaled_frequencies(1 / self.config.rope_theta ** exponents, self.config.rope_scaling)
         angles = positions.to(precise)[:, None, None] * frequencies  # (T, 1, D / 2)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)

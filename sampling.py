@@ -149,8 +149,8 @@ def next_tokens(logits, temperature, top_p, u):
 
 
 def draw_likely(p, ids, top_p, u):
-    """Draw a token (n,) of the smallest set of the likeliest that together have the probability top_p: p and ids
-    (n, k), the likeliest first; u as of next_tokens."""
+    """Draw a token (n,) of the smallest set of the likeliest that together have the probability top_p: p and
+    ids (n, k), the likeliest first; u as of next_tokens."""
     p_likelier = p.cumsum(-1) - p  # of all tokens that are likelier
     p[:, 1:].masked_fill_(p_likelier[:, 1:] >= top_p, 0)  # the likeliest one remains, whatever top_p
     return ids.gather(1, draw(p, u)[:, None]).squeeze(1)

@@ -42,8 +42,8 @@ def parse_args():
     add("--size", choices=SIZES,
         help="size of a fresh model, by its parameters without embeddings (default: 0.8m)")
     add("--tokenizer",
-        help="tokenizer of a fresh model: bytes, gpt2, bpe:N (trained on the data) or a .tiktoken file (default: "
-        "bpe:2048)")
+        help="tokenizer of a fresh model: bytes, gpt2, bpe:N (trained on the data) or a .tiktoken file "
+        "(default: bpe:2048)")
     add("--ctx", type=plan.positive(int), help="tokens in a sequence (default: 256, or what --init has)")
     add("--held_out", type=float, default=0.01,
         help="part of the documents that is held out for evaluation, 0 to 1 (default: %(default)s)")

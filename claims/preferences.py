@@ -58,8 +58,8 @@ def ranked_beats_imitation(lab):
     """Section 3.2: on ranked data a preference model is right more often than imitation, and the more so the
     larger the model.
 
-    On the toy world the larger models' difference is plain, but from world to world the smaller ones' differs by
-    more than theirs is ahead. About ten worlds would decide.
+    On the toy world the larger models' difference is plain, but from world to world the smaller ones'
+    differs by more than theirs is ahead. About ten worlds would decide.
     """
     arms = against_imitation(lab, lab.ranked)
     yield arms
@@ -121,8 +121,8 @@ def accuracy_at_k(lab):
 
     On the toy world the samples are those of the imitation model itself, so its log-prob finds the answer
     that it gives most often, without the slips of sampling, while the preference model has learned from other
-    texts and is hardly better than a random choice. Preference models that learn from comparisons of
-    such samples would decide.
+    texts and is hardly better than a random choice. Preference models that learn from comparisons of such
+    samples would decide.
     """
     def choose(one, model):
         return one.evaluate("rerank", model, "--data", one.candidates(), "--k", *lab.ks)

@@ -7,8 +7,8 @@ found.
 import numpy as np
 
 from claims.findings import (
-    Panel, at_size, beyond_rulers, choice_right, compared, curves, elo_difference, finding, growing, mean,
-    outcome, sizes_figure, values)
+    Panel, at_size, beyond_rulers, choice_right, compared, curves, elo_difference, finding, growing, outcome,
+    sizes_figure, values)
 from claims.scales import size_label
 from data import toy
 from evals import choices

@@ -160,8 +160,9 @@ process_table = threading.Lock()
 def exit_code(function, *args):
     """The exit code of a process of its own in which the function is called.
 
-    Jobs do this in threads. Starting a process also looks after all others, and two threads that read one's exit
-    code at the same time would take it from each other: one of them finds 255. So it is read with a lock held."""
+    Jobs do this in threads. Starting a process also looks after all others, and two threads that read one's
+    exit code at the same time would take it from each other: one of them finds 255. So it is read with a lock
+    held."""
     process = processes.Process(target=function, args=args)
     with process_table:
         process.start()

@@ -17,8 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import checkpoint
 import plan
 from claims.runs import ROOT, Run
@@ -29,7 +27,7 @@ from data.files import content_key, read_records, write_file
 from data.prompts import load_prompt
 from data.toy import sources as toy_sources
 from data.toy.world import build_world
-from model import GPT, SIZES, Config
+from model import SIZES
 
 # The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
 # parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for both objectives (results/LOG.md).

@@ -53,8 +53,8 @@ def parse(record, where):
     else:
         chosen, rejected = (_field(record, key, where) for key in ("chosen", "rejected"))
         if not isinstance(chosen, str) or not isinstance(rejected, str):
-            raise InputError(f'{where}: "chosen" and "rejected" must be texts; data.prepare pairs makes texts of '
-                             "lists of chat messages")
+            raise InputError(f'{where}: "chosen" and "rejected" must be texts; data.prepare pairs makes texts '
+                             "of lists of chat messages")
         context = record.get("prompt")
         if context is None:
             context, chosen, rejected = split_dialogues(chosen, rejected)

@@ -85,8 +85,8 @@ def script_name():
 
 def run_main(main):
     """Call `main()`, as a script's last line does. What the user can mend ends in one line on stderr and
-    exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk. Ctrl-C ends in one
-    line and exit code 130.
+    exit code 2. That includes OSError: an unreadable file, an unwritable folder, a full disk. Ctrl-C ends in
+    one line and exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what is no text
         with contextlib.suppress(OSError):  # of a stream that was exchanged

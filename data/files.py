@@ -299,13 +299,14 @@ def check_writable(path):
 
 
 def refuse_overwriting(out, paths):
-    """Raise InputError if the file `out` is one of those that are read. These are `paths`, or what is in a folder
-    of them: of a checkpoint all but the .jsonl files that an evaluation has left there."""
+    """Raise InputError if the file `out` is one of those that are read. These are `paths`, or what is in a
+    folder of them: of a checkpoint all but the .jsonl files that an evaluation has left there."""
     place = output_file(out)
     for path in map(Path, paths):
         inside = [path]
         if (path / "config.json").exists():
-            inside = [file for file in path.iterdir() if file.suffix != ".jsonl" or file.name == "metrics.jsonl"]
+            inside = [file for file in path.iterdir()
+                      if file.suffix != ".jsonl" or file.name == "metrics.jsonl"]
         elif path.is_dir() and place.exists():
             inside = find_files([path], (".csv",))
         if any(Path(os.path.realpath(file)) == place for file in inside):

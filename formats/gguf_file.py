@@ -39,7 +39,8 @@ def read(path):
         why = f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"{path}: not a whole GGUF file ({why}); fetch it again") from None
     if reader.byte_order != "I":  # the package would take its numbers for this machine's
-        raise InputError(f"{path}: its bytes are in another order than this machine's; fetch a little-endian file")
+        raise InputError(f"{path}: its bytes are in another order than this machine's; fetch a little-endian "
+                         "file")
     try:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         hf = config_json(fields, tensors, path)

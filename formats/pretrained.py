@@ -27,8 +27,8 @@ def read_pretrained(place):
         if "eoc_token_id" in hf:
             raise InputError(f"{place}: no checkpoint in this folder that is whole: meta.json is missing")
         if (place / "adapter_config.json").is_file():
-            raise InputError(f"{place}: holds an adapter, adapter_config.json, which is not read; merge it into the "
-                             "model first")
+            raise InputError(f"{place}: holds an adapter, adapter_config.json, which is not read; merge it into "
+                             "the model first")
         config = read_config(hf, config_path)
         spec, settings = read_json(place / "tokenizer.json"), read_settings(place)
         state = read_weights(place)
@@ -77,8 +77,8 @@ def read_tokenizer(spec, settings, hf, place):
 
 
 def add_tokens_of(settings, spec):
-    """Add to a tokenizer.json the tokens that stand in its tokenizer_config.json alone. transformers does so, and
-    <eoc> must not get the id of one of them."""
+    """Add to a tokenizer.json the tokens that stand in its tokenizer_config.json alone. transformers does so,
+    and <eoc> must not get the id of one of them."""
     known = {*spec["model"]["vocab"].values(), *added_tokens(spec).values()}
     described = settings.get("added_tokens_decoder") or {}
     spec["added_tokens"] += [{"id": int(i), **described[i]} for i in sorted(described, key=int)

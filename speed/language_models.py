@@ -42,7 +42,8 @@ def measure_lm(args, ranks, config, tokenizer, dtype):
         def candidate(kind, loss, compiled=False):
             sizes = replace(config, ctx=ctx, vocab_size=vocab_size)
             model = make_model(sizes, dtype, ranks.device, kind, compiled)
-            return n_tokens, functools.partial(training(model), lambda model, r: (loss(model, windows), n_tokens))
+            step = training(model)
+            return n_tokens, functools.partial(step, lambda model, r: (loss(model, windows), n_tokens))
 
         candidates = {"plain loop": candidate(PlainGPT, dense_loss),
                       "train_lm.py": candidate(GPT, window_loss)}

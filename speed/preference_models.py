@@ -74,7 +74,8 @@ class Pairs:
         sequences = self.sequences(r)
         tokens = pad_sequence(sequences, batch_first=True).to(self.device)  # (2 B, T)
         need = tokens.numel() * plan.token_bytes(model.config, self.device)
-        if self.device.type == "cpu" and need > device_memory(self.device):  # the system would kill this process
+        # The system would kill this process.
+        if self.device.type == "cpu" and need > device_memory(self.device):
             raise MemoryError(f"{tokens.numel():,} tokens take about {need / 2**30:.0f} GiB")
         hidden = model(tokens)  # (2 B, T, d)
         return pair_loss(model, torch.stack([own[len(ids) - 1] for own, ids in zip(hidden, sequences)]))

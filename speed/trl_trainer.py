@@ -35,7 +35,8 @@ def trl_candidates(config, dtype, pairs):
             except BrokenProcessPool:
                 raise MemoryError("TRL's process was killed") from None
     batches = sorted({min(n, pairs.batch) for n in (*TRL_BATCHES, pairs.batch)})
-    return {f"TRL RewardTrainer, batch {n}": (pairs.batch // n * n, functools.partial(work, n)) for n in batches}
+    return {f"TRL RewardTrainer, batch {n}": (pairs.batch // n * n, functools.partial(work, n))
+            for n in batches}
 
 
 def train_with_trl(examples, batch, shape, eot, eoc, ctx, device_type, bf16):

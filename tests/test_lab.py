@@ -317,8 +317,8 @@ def test_calibration_must_hold_on_each_set(made_up, monkeypatch):
 
 
 def test_a_problem_without_a_right_sample_has_none_to_choose(made_up):
-    """A model that always finds a right sample is right where there is one, in 87 of 100 problems, and four in ten
-    samples are right."""
+    """A model that always finds a right sample is right where there is one, in 87 of 100 problems, and four in
+    ten samples are right."""
     told = made_up("accuracy-at-k", has("imitation", -0.9, 9.0), draw=undrawn)
     assert told.premises[0].effect == pytest.approx(87 - 40, abs=4)
 

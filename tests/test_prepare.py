@@ -68,17 +68,20 @@ ASKED = [message("user", "Hi."), message("assistant", "Hello."), message("user",
 
 @pytest.mark.parametrize("record", [
     {"chosen": [*ASKED, message("assistant", "So.")], "rejected": [*ASKED, message("assistant", "No.")]},
-    {"prompt": "Hi.", "chosen": [*ASKED, message("assistant", "So.")], "rejected": [*ASKED, message("assistant", "No.")]},
+    {"prompt": "Hi.", "chosen": [*ASKED, message("assistant", "So.")],
+     "rejected": [*ASKED, message("assistant", "No.")]},
     {"prompt": ASKED, "chosen": [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}])
 def test_chat_messages_become_dialogues(tmp_path, record):
     records, _ = read("pairs", write_jsonl(tmp_path / "chat.jsonl", [record]))
     assert records == [{"context": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:",
-                        "completions": [" So.", " No."], "scores": [1, 0], "group": "\n\nHuman: Hi.\n\nAssistant:"}]
+                        "completions": [" So.", " No."], "scores": [1, 0],
+                        "group": "\n\nHuman: Hi.\n\nAssistant:"}]
 
 
 def test_a_single_prompt_and_the_systems_words_in_chat_messages(tmp_path):
     answers = {"chosen": [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}
-    told = {key: [message("system", "Be brief."), message("user", "Hi."), *value] for key, value in answers.items()}
+    before = [message("system", "Be brief."), message("user", "Hi.")]
+    told = {key: [*before, *value] for key, value in answers.items()}
     records, count = read("pairs", write_jsonl(tmp_path / "chat.jsonl", [
         {"prompt": "Hi.", **answers}, told, {**told, "chosen": [message("tool", "4")]}]))
     assert [record["context"] for record in records] == [
@@ -253,7 +256,8 @@ REFUSED = {  # flags, and words of the answer
 
 @pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(tmp_path, flags, words):
-    files = {"folder": tmp_path, "good": write_jsonl(tmp_path / "good.jsonl", [PAIR]), "tar": write(tmp_path / "ethics.tar", "x"),
+    files = {"folder": tmp_path, "good": write_jsonl(tmp_path / "good.jsonl", [PAIR]),
+             "tar": write(tmp_path / "ethics.tar", "x"),
              "test": write_jsonl(tmp_path / "x_test.jsonl", [PAIR]), "empty": write(tmp_path / "e", ""),
              "equal": write_jsonl(tmp_path / "equal.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}])}
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}

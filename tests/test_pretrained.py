@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import DATA, run, run_well
+from conftest import run, run_well
 
 import checkpoint
 from data.errors import InputError
