@@ -22,7 +22,7 @@ from data.chat_format import ChatFormat
 from data.encoders import make_encoder
 from data.errors import InputError
 from data.files import build_once, content_key, read_json, valid_unicode, write_file
-from data.text import EOC, EOT, find_special, read_texts
+from data.text import EOC, find_special, read_texts
 from data.tokenizer_json import (BYTE_OF, END_OF_TEXT, GPT2_SPLIT, added_tokens, from_ranks, token_texts,
                                  with_eoc_behind)
 
