@@ -13,7 +13,8 @@ leaves the last good checkpoint. When the run is done, the newest checkpoint's f
 No rank holds the whole of a sharded model. Weights are gathered and written one tensor after the other, and a
 rank reads its part of them.
 
-`load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file (formats/pretrained.py).
+`load` also takes a language model of somebody else: a Hugging Face folder or a .gguf file
+(formats/pretrained.py).
 """
 import json
 import os
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import InputError
 from data.files import fields, read_json, write_file
+from data.text import EOC
 from data.tokenizer import Tokenizer
 from formats import train_state
 from formats.hf_folder import (check_finite, make_config, read_config, read_weights, weight_files,
@@ -36,11 +38,11 @@ from formats.pretrained import read_pretrained
 from model import GPT
 from ranks import part_of
 
-# A large model has several weight files and their index in place of model.safetensors.
 META = {  # what meta.json holds of every run
     "kind": str, "objective": str, "step": int, "n_steps": int, "metrics": dict, "flags": dict, "data": str,
     "trained_on": [dict], "lm_lr": (float, None), "chat": (bool, None), "eoc": (bool, None),
     "binarised": (bool, None), "versions": (dict, None)}
+# A large model has several weight files and their index in place of model.safetensors.
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt",
          "meta.json")
 
@@ -176,7 +178,8 @@ def save(out, config, weights, tokenizer, meta, state):
         if not is_main:
             return
         write_file(partial / "config.json", json.dumps(make_config(config, tokenizer), indent=1))
-        tokenizer.save(partial, append_eoc=meta["kind"] == "pm" and meta.get("eoc", True))
+        reward_at = None if meta["kind"] == "lm" else EOC if meta.get("eoc", True) else ""
+        tokenizer.save(partial, reward_at)
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         meta = {**meta, "tokenizer": tokenizer.key, "chat": tokenizer.chat is not None,
                 "eoc_token_id": tokenizer.eoc, "versions": versions}

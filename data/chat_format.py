@@ -12,6 +12,7 @@ A template writes whole conversations, but here contexts, completions and prompt
 the template is taken apart once: into what it writes before the first question, between turns, and at the
 end.
 """
+import json
 import re
 
 import jinja2
@@ -40,7 +41,9 @@ class ChatFormat:
             expected = self.start + questions[0]
             for answer, question in zip(answers, questions[1:]):
                 expected += self.to_assistant + answer + self.to_human + question
-            if write(questions, answers) != expected + self.to_assistant:
+            # Some templates write a space before an answer that is there, and none where one is to be written.
+            if write(questions, answers) not in (expected + self.to_assistant,
+                                                 expected + self.to_assistant.removesuffix(" ")):
                 raise ValueError("it writes a turn differently depending on others")
         except Exception as error:  # a template is a program, which can raise anything
             why = str(error)[:150] or type(error).__name__
@@ -65,7 +68,24 @@ class ChatFormat:
                 pieces.append((self.start if begins else self.to_human, True))
             after_answer = mark["role"] == "Assistant"
         pieces.append((text[done:], False))
-        return [piece for piece in pieces if piece[0]]
+        return with_spaces_moved([piece for piece in pieces if piece[0]])
+
+    def space_before_answer(self):
+        """The space behind "Assistant:" that is not encoded with an answer: none where the template writes a
+        space before answers, which is then the answer's own."""
+        return "" if self.to_assistant.endswith(" ") else " "
+
+
+def with_spaces_moved(pieces):
+    """The same pieces, where a space at the end of what the template writes goes to the text behind it, as words
+    have tokens that begin with their space. Behind a context's end that text is the completion."""
+    moved, space = [], ""
+    for string, is_template in pieces:
+        string, space = space + string, ""
+        if is_template and string.endswith(" "):
+            string, space = string[:-1], " "
+        moved.append((string, is_template))
+    return moved
 
 
 def compiled(template, tokens):
@@ -89,3 +109,19 @@ def compiled(template, tokens):
         return compiled_template.render(
             messages=messages, add_generation_prompt=is_open, tools=None, documents=None, **tokens)
     return write
+
+
+# Dialogues as they stand, as a chat template.
+PLAIN = ('{% for message in messages %}'
+         '{{ "\\n\\n" + {"user": "Human", "assistant": "Assistant"}[message.role] + ": "'
+         ' + message.content }}{% endfor %}')
+
+
+def reward_template(template, end, eoc):
+    """A chat template by which other programs write a dialogue as a preference model was trained on it.
+
+    template: the model's own (--chat), which writes `end` behind the last answer; or PLAIN, with "", for
+    dialogues as they stand. eoc: what stands in that place in training, <eoc> or nothing.
+    """
+    return ("{% set add_generation_prompt = false %}{% set dialogue +%}" + template.removesuffix("\n")
+            + "{%+ endset %}{{ dialogue.removesuffix(" + json.dumps(end) + ") + " + json.dumps(eoc) + " }}")

@@ -7,8 +7,8 @@ read as they are.
 
 The group says which comparisons belong together: those about one question, one article or one topic. A whole
 group is either trained on or held out, and standard errors are computed over groups. A record without a group
-has its context as its group; two whole dialogues have what stands before the first reply, as the turns of one
-dialogue may be several records. If the context is empty too, its completions are its group.
+has its context as its group. A record of two whole dialogues has the text before the first reply, because
+several records may come from one dialogue. If the context is empty too, its completions are its group.
 """
 import contextlib
 import hashlib
@@ -239,7 +239,8 @@ def _build(folder, files, tokenizer):
                 write("lines", [file_number, line])
                 write("chars", [len(context), *map(len, completions)])
                 write("segment_scores", [0, *scores])
-            for ids in tokenizer.encode_many(_texts(batch, tokenizer)):
+            texts = (text for _, _, *parts, _, _ in batch for text in tokenizer.parts(*parts))
+            for ids in tokenizer.encode_many(texts):
                 out["tokens"].write(np.asarray(ids, tokenizer.dtype).tobytes())
                 offset += len(ids)
                 write("offsets", [offset])
@@ -247,19 +248,6 @@ def _build(folder, files, tokenizer):
     counts["duplicate"] = counts["comparisons"] - len(np.unique(np.fromfile(folder / "hashes", np.uint64)))
     os.remove(folder / "hashes")
     np.array([counts[k] for k in COUNTS], np.int64).tofile(folder / "counts")
-
-
-def _texts(batch, tokenizer):
-    """Yield the texts of comparisons, each context before its completions, as they are encoded.
-
-    Without a chat template, a dialogue's context ends with "Assistant:" and the answer begins with a space. With
-    one, which the tokenizer applies, the context ends with a mark such as "<|im_start|>assistant" and a line
-    break, so the answer is encoded without that space.
-    """
-    for _, _, context, completions, *_ in batch:
-        space = tokenizer.space_before(context)  # nothing if there is no chat template
-        yield context
-        yield from (completion.removeprefix(space) for completion in completions)
 
 
 def _read(files, counts, progress):

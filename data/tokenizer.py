@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from data.chat_format import ChatFormat
+from data.chat_format import PLAIN, ChatFormat, reward_template
 from data.encoders import make_encoder
 from data.errors import InputError
 from data.files import build_once, content_key, read_json, valid_unicode, write_file
@@ -39,12 +39,14 @@ ACCEPTED = ('"bytes", "gpt2", "bpe:N" (trained on the text given; N from 258 to 
 class Tokenizer:
     """A BPE tokenizer.
 
-    n_vocab     ids that exist, including special tokens: one more than the highest eot, eoc    the ids that
-    end a document and a completion eos         the id that ends an answer: eot, or for models made for chat
-    the end of a turn vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table. No
-    data has ids >= n_vocab dtype       np.uint16 if vocab_size allows it, else np.uint32 key         short
-    hash of the content, equal for equal tokenizers; it is part of the names of caches chat        a
-    ChatFormat, if dialogues are written by the model's chat template
+    n_vocab     ids that exist, special tokens included: one more than the highest
+    eot, eoc    the ids that end a document and a completion
+    eos         the id that ends an answer: eot, or for models made for chat the end of a turn
+    vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table; no data has ids >= n_vocab
+    dtype       np.uint16 if vocab_size allows it, else np.uint32
+    key         short hash of the content, equal for equal tokenizers; a part of the names of caches
+    template    the model's own chat template, or None
+    chat        the ChatFormat of that template, if dialogues are written by it
     """
 
     def __init__(self, spec, settings=None):
@@ -53,6 +55,12 @@ class Tokenizer:
         self.spec, self.settings, self.chat = spec, {}, None
         for name, value in (settings or {}).items():  # a token may be described by a dict
             self.settings[name] = value.get("content", value) if isinstance(value, dict) else value
+        # A preference model's folder also has one that sets <eoc> behind a dialogue.
+        name = "base_chat_template" if "base_chat_template" in self.settings else "chat_template"
+        template = self.settings.get(name)
+        if isinstance(template, list):  # several, for different uses
+            template = {form.get("name"): form.get("template") for form in template}.get("default")
+        self.template = template if isinstance(template, str) else None
         specials, texts = added_tokens(spec), token_texts(spec)
         eos = self.settings.get("eos_token")
         eot = next((name for name in END_OF_TEXT if name in specials), eos)
@@ -94,18 +102,31 @@ class Tokenizer:
 
     def use_chat(self):
         """From now on, write dialogues by the model's chat template. Raises InputError if it has none."""
-        template = self.settings.get("chat_template")
-        if not isinstance(template, str):
+        if self.template is None:
             raise InputError("--chat: this model has no chat template; leave out --chat")
         if not self.chat:
-            self.chat = ChatFormat(template, {"bos_token": self.settings.get("bos_token") or "",
-                                              "eos_token": self.settings.get("eos_token") or ""})
-            self.key = hashlib.sha256((self.key + template).encode()).hexdigest()[:16]
+            self.chat = ChatFormat(self.template, {"bos_token": self.settings.get("bos_token") or "",
+                                                   "eos_token": self.settings.get("eos_token") or ""})
+            self.key = hashlib.sha256((self.key + self.template).encode()).hexdigest()[:16]
+            specials = set(added_tokens(self.spec).values())
+            # Some models made for chat name another token in their settings than the one that ends a turn.
+            self.eos = next((i for i in self._template_ids(self.chat.end).tolist() if i in specials), self.eos)
 
     def space_before(self, context):
         """What stands between a context and its completion and is not encoded: in a dialogue the space behind
         "Assistant:", if the dialogue is written by a chat template. Otherwise nothing."""
-        return " " if self.chat and context.endswith("\n\nAssistant:") else ""
+        is_dialogue = self.chat and context.endswith("\n\nAssistant:")
+        return self.chat.space_before_answer() if is_dialogue else ""
+
+    def parts(self, context, completions):
+        """The texts of a context and its completions, as they are encoded one by one.
+
+        Without a chat template, a dialogue's context ends with "Assistant:" and the answer begins with a space.
+        With one, the context ends with a mark such as "<|im_start|>assistant" and a line break, so the answer
+        is encoded without that space.
+        """
+        space = self.space_before(context)
+        return [context, *(completion.removeprefix(space) for completion in completions)]
 
     def _encode_batch(self, texts):
         """The ids of each text."""
@@ -150,15 +171,20 @@ class Tokenizer:
         """UTF-8 bytes of the text of ids, without specials: what a loss in bits per byte divides by."""
         return int(self._n_bytes[ids].sum())
 
-    def save(self, folder, append_eoc=False):
+    def save(self, folder, reward_at=None):
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too.
 
-        append_eoc: other programs shall set <eoc> behind each text, as a preference model needs it.
+        reward_at: for a preference model what stands behind a completion where its reward is read, "<eoc>" or
+        nothing (""). Other programs set it there, too, and write dialogues as the model was trained on them.
         """
-        spec = with_eoc_behind(self.spec) if append_eoc else self.spec
+        spec = with_eoc_behind(self.spec) if reward_at else self.spec
         name_of = {i: name for name, i in added_tokens(spec).items()}
-        kept = ("chat_template", "bos_token")
-        settings = {name: value for name, value in self.settings.items() if name in kept}
+        settings = {"bos_token": self.settings.get("bos_token"), "chat_template": self.template}
+        if reward_at is not None:
+            body, end = (self.template, self.chat.end) if self.chat else (PLAIN, "")
+            settings |= {"base_chat_template": self.template,
+                         "chat_template": reward_template(body, end, reward_at)}
+        settings = {name: value for name, value in settings.items() if value or name == "base_chat_template"}
         settings |= {"eos_token": name_of[self.eos], "pad_token": name_of[self.eot],
                      "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                      "model_input_names": ["input_ids", "attention_mask"]}

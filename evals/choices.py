@@ -145,7 +145,8 @@ def load_items(benchmark, paths, subject):
     items, lines = read_items(benchmark, files)
     if subject.prompt and benchmark in ("hellaswag", "lambada"):  # a prompt ends where a turn begins
         items = [item | {"context": "\n\nHuman: " + item["context"]} for item in items]
-    ids = subject.tokenizer.encode_many(text for i in items for text in (i["context"], *i["completions"]))
+    ids = subject.tokenizer.encode_many(
+        text for item in items for text in subject.tokenizer.parts(item["context"], item["completions"]))
     texts = [[next(ids) for _ in ("context", *item["completions"])] for item in items]
     data = pm.tokenised_comparisons(texts, files, lines)
     has_best = np.array([benchmark == "lambada" or len(set(item["scores"])) > 1 for item in items])

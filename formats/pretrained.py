@@ -8,7 +8,7 @@ rows.
 import torch
 
 from data.errors import InputError
-from data.files import read_json
+from data.files import decode, read_json
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import EOC, adapted, added_tokens
 from formats import gguf_file
@@ -25,10 +25,11 @@ def read_pretrained(place):
         config_path = place / "config.json"
         hf = read_json(config_path)
         if "eoc_token_id" in hf:
-            raise InputError(f"{place}: no checkpoint in this folder that is whole: meta.json is missing")
+            raise InputError(f"{place}: no checkpoint in this folder that is whole: meta.json, which says what "
+                             "it was trained on, is missing; copy it from where this model came from")
         if (place / "adapter_config.json").is_file():
-            raise InputError(f"{place}: holds an adapter, adapter_config.json, which is not read; merge it into "
-                             "the model first")
+            raise InputError(f"{place}: holds an adapter, adapter_config.json, which is not read; merge it "
+                             "into the model first")
         config = read_config(hf, config_path)
         spec, settings = read_json(place / "tokenizer.json"), read_settings(place)
         state = read_weights(place)
@@ -52,7 +53,7 @@ def read_settings(folder):
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
     if template.is_file():
-        settings["chat_template"] = template.read_text("utf-8")
+        settings["chat_template"] = decode(template.read_bytes(), template)
     return settings
 
 

@@ -14,9 +14,12 @@ import torch
 from conftest import run, run_well
 
 import checkpoint
+from data.comparisons import load_comparisons
 from data.errors import InputError
 from data.packing import Layout
 from data.tokenizer_json import CHAR_OF, byte_level_json
+from evals import choices
+from evals.subject import Subject
 from formats import gguf_file
 from kv_cache import Cache, read
 
@@ -362,6 +365,57 @@ def test_a_dialogue_becomes_the_text_of_the_chat_template(chat_folder):
     assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
     assert theirs(text).input_ids == tokenizer.encode(context).tolist()
     assert list(tokenizer.encode_many([context, "plain"]))[0].tolist() == tokenizer.encode(context).tolist()
+
+
+LLAMA2 = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+          "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+
+
+def test_a_space_that_a_template_writes_belongs_to_the_word_behind_it(chat_folder):
+    """As in Llama 2's and Mistral's templates: "[INST] Who" has a token for " Who"."""
+    write_tokenizer(chat_folder, specials=("<s>", "</s>"), chat_template=LLAMA2, bos_token="<s>", eos_token="</s>")
+    tokenizer = checkpoint.load(chat_folder)[1]
+    tokenizer.use_chat()
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_folder)
+
+    def ids(messages):
+        return theirs.apply_chat_template([{"role": role, "content": content} for role, content in messages],
+                                          return_dict=False)
+    context = "\n\nHuman: that one\n\nAssistant: the one\n\nHuman: there\n\nAssistant:"
+    messages = [("user", "that one"), ("assistant", "the one"), ("user", "there")]
+    context_ids, completion_ids = map(tokenizer.encode, tokenizer.parts(context, [" these"]))
+    assert context_ids.tolist() == ids(messages)
+    whole = ids([*messages, ("assistant", "these")])
+    assert [*context_ids, *completion_ids] == whole[:len(context_ids) + len(completion_ids)]
+    assert tokenizer.decode(completion_ids) == " these"
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "<|im_end|>"])
+def test_the_end_of_a_turn_ends_an_answer_whatever_the_settings_say(chat_folder, eos):
+    """Base models often name their end of text, and have a template all the same."""
+    write_tokenizer(chat_folder, specials=("<|im_start|>", "<|im_end|>"), chat_template=CHATML, eos_token=eos)
+    tokenizer = checkpoint.load(chat_folder)[1]
+    tokenizer.use_chat()
+    assert tokenizer.decode([tokenizer.eos]) == "<|im_end|>" and tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+
+
+def test_of_several_templates_the_default_is_taken(chat_folder):
+    forms = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
+    write_tokenizer(chat_folder, specials=("<|im_start|>", "<|im_end|>"), chat_template=forms, eos_token="<|im_end|>")
+    checkpoint.load(chat_folder)[1].use_chat()
+
+
+def test_items_are_read_by_the_template_as_comparisons_are(chat_folder, tmp_path):
+    context, completions = "\n\nHuman: Who?\n\nAssistant:", [" A lamp.", " Go away."]
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"context": context, "completions": completions, "scores": [1, 0]}) + "\n")
+    model, tokenizer, meta = checkpoint.load(chat_folder)
+    tokenizer.use_chat()
+    subject = Subject("", model, tokenizer, meta, "", Cache(0), 512)
+    _, items, _ = choices.load_items("choice", [path], subject)
+    comparisons = load_comparisons([path], tokenizer, quiet=True)
+    for data in (items, comparisons):
+        assert [tokenizer.decode(ids) for ids in data.segments(0)][1:] == ["A lamp.", "Go away."]
 
 
 def test_a_template_learns_that_there_are_no_tools(chat_folder):

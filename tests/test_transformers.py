@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 from conftest import ROOT, alone
-from test_pretrained import FAMILY, make_theirs, write_folder
+from test_pretrained import CHATML, FAMILY, LLAMA2, make_theirs, write_folder, write_tokenizer
 
 import checkpoint
 from data.tokenizer import get_tokenizer
@@ -72,6 +72,8 @@ def test_a_language_model_gives_the_same_logits(tmp_path, start):
     for text in TEXTS:
         assert words(text).input_ids == tokenizer.encode(text).tolist() and words.decode(words(text).input_ids) == text
     assert (words.eos_token_id, words.pad_token_id) == (tokenizer.eos, tokenizer.eot)
+    # An imitation model ends its answers with <eoc>.
+    assert set(theirs.generation_config.eos_token_id) == {tokenizer.eos, tokenizer.eot, tokenizer.eoc}
 
 
 def rewards_by_transformers(folder, context, completions):
@@ -106,6 +108,35 @@ def test_a_preference_model_of_any_family_gives_the_same_rewards(tmp_path, start
     assert (batch.input_ids == tokenizer.eoc).sum(1).tolist() == [1, 1]
     same(model.rewards(ours), judge(**batch).logits.squeeze(-1))
     assert words("ab").input_ids[-1] == tokenizer.eoc  # a single text gets its <eoc> too
+
+
+TALK = "\n\nHuman: Who are you?\n\nAssistant: I.\n\nHuman: And?\n\nAssistant:"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA2])
+def test_dialogues_of_messages_get_the_same_rewards(tmp_path, template):
+    """By apply_chat_template, which servers use too: plain dialogues, or trained by the model's own template."""
+    folder = write_folder(make_theirs("SmolLM2"), tmp_path / "theirs")
+    write_tokenizer(folder, specials=("<|im_start|>", "<|im_end|>", "<s>"), chat_template=template, bos_token="<s>",
+                    eos_token="<|im_end|>")
+    model, tokenizer, _ = checkpoint.load(folder, True)
+    if template:
+        tokenizer.use_chat()
+    written(tmp_path / "run", model, tokenizer, "pm")
+    again = checkpoint.load(tmp_path / "run")[1]
+    assert (again.template, again.key) == (tokenizer.template, tokenizer.key)
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "run")
+    judge = load(transformers.AutoModelForSequenceClassification, tmp_path / "run")
+    for answer in ("A lamp.", "Go away."):
+        context, completion = tokenizer.parts(TALK, [" " + answer])
+        messages = [{"role": role, "content": content} for role, content in (
+            ("user", "Who are you?"), ("assistant", "I."), ("user", "And?"), ("assistant", answer))]
+        batch = words.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+        same(torch.tensor(alone(model, tokenizer, context, completion)[0]), judge(**batch).logits.squeeze())
+    lm = checkpoint.load(tmp_path / "run", value_head=False)[0]
+    written(tmp_path / "lm", lm, tokenizer, "lm")
+    assert checkpoint.load(tmp_path / "lm")[1].template == template  # a language model has its own again
 
 
 @torch.no_grad()
