@@ -26,14 +26,17 @@ from tqdm import tqdm
 import checkpoint
 from data.errors import InputError, is_first_to_fail
 from data.files import content_key, file_digest, lock_folder, write_file
-from plan import eval_interval
+from plan import eval_interval, flag_text
 from ranks import Parallel, check_compiler, local, place, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Going on with a run
 
 RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "recompute", "shard", "eval_every", "save_every",
-                     "resume", "out", "data"}
+                     "resume", "out", "data", "dialogue"}  # the content of data files is compared instead
+
+# What a folder holds that another program saved a model or a checkpoint in.
+MODEL_FILES = "config.json", "*.safetensors*", "*.gguf", "*.bin", "*.pth", "step-*"
 
 
 def trained_on(earlier, files, held_out):
@@ -48,11 +51,14 @@ def trained_on(earlier, files, held_out):
 def resumed(args, ranks, kind, files):
     """(model, tokenizer, meta) of the run in --out if --resume is given and there is a checkpoint, else None.
 
-    Raises InputError if --out holds a run and --resume is missing, or if the flags or the content of the data
-    files are not those that the run began with.
+    Raises InputError if --out holds a run and --resume is missing, if it holds a model that is no run's, and
+    if the flags or the content of the data files are not those that the run began with.
     """
     out = Path(args.out)
     if not (out / "metrics.jsonl").exists() and not (out / "meta.json").exists():
+        if found := [path.name for pattern in MODEL_FILES for path in out.glob(pattern)]:
+            raise InputError(f"{out}: holds {found[0]}, of a model or a run of another program, which this run "
+                             "would overwrite; give another --out")
         if args.resume:
             ranks.say(f"note: {out} holds no run to go on with, so this one begins")
         return None
@@ -64,7 +70,7 @@ def resumed(args, ranks, kind, files):
         return None  # it was stopped before its first checkpoint
     model, tokenizer, meta = checkpoint.load(out, lazily=True)
     flags = vars(args)
-    changed = [f"without --{name}" if value is None or value is False else f"--{name} {value}"
+    changed = [f"without --{name}" if value is None or value is False else flag_text(name, value)
                for name, value in meta["flags"].items()
                if name in flags and name not in RESUME_MAY_CHANGE and flags[name] != value]
     if meta["kind"] != kind:
@@ -127,7 +133,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     if args.compile:
         check_compiler(ranks.device)
         model.compile_blocks()
-    together = Parallel(model, loss, ranks, args.shard)
+    parallel_model = Parallel(model, loss, ranks, args.shard)
     optimizer = make_optimizer(model, lr, args.weight_decay)
     step, figures = 0, {}
     if resumed_from:
@@ -135,7 +141,7 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
         checkpoint.load_optimizer(args.out, optimizer)
         ranks.say(f"resumed after step {step}")
     if largest is not None:
-        together.backward(largest.to(ranks.device))
+        parallel_model.backward(largest.to(ranks.device))
         optimizer.zero_grad(set_to_none=True)
 
     first_step = step
@@ -164,20 +170,11 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(args.seed * 1_000_003 + step)  # so resumed runs stay exact if you add dropout
-            batches, sums, count, metrics = maker.batches(step), [], 0, dict.fromkeys(metric_names, 0.0)
-            n_batches = ranks.largest(len(batches))
-            if len(batches) < n_batches:
+            batches = maker.batches(step)
+            n_batches, filler = ranks.largest(len(batches)), None
+            if len(batches) < n_batches:  # another rank has more
                 filler = batches[-1] if batches else micro_batches(step, rank=0)[0].to(ranks.device)
-            for i in range(n_batches):
-                is_last_batch = i == n_batches - 1
-                if i >= len(batches):  # another rank has more
-                    together.backward(filler, weight=0.0, is_last=is_last_batch)
-                    continue
-                batch_sum, batch_count, batch_metrics = together.backward(batches[i], is_last=is_last_batch)
-                sums.append(batch_sum)
-                count += batch_count
-                for name in metric_names:
-                    metrics[name] = metrics[name] + batch_metrics[name]
+            sums, count, metrics = compute_gradient(parallel_model, batches, filler, n_batches, metric_names)
             count, interrupted = ranks.sum([count, stop.asked])
             norm = scale_and_clip(optimizer, count, args.clip)
             total, *metric_sums = ranks.sum([sum(sums), *metrics.values()])
@@ -199,10 +196,12 @@ def train(args, ranks, model, tokenizer, *, n_steps, lr, micro_batches, loss, ev
     if ranks.world > 1:
         # DistributedDataParallel has to go before its process group. The other way round, the process hangs now
         # and then: it waits for a thread of gloo's, which waits for Python's lock, which the process holds.
-        del together
+        del parallel_model
         dist.destroy_process_group()
     elif step < n_steps:
-        sys.exit(128 + stop.asked)  # as shells have it; what was to follow the whole run does not begin
+        # As shells have it, so that what was to follow the whole run does not begin. Under torchrun a rank that
+        # fails would end the others, so there a stopped run ends with 0.
+        sys.exit(128 + stop.asked)
     return figures
 
 
@@ -229,6 +228,23 @@ class BatchMaker:
         ready = self.next or self.pool.submit(self._make, step)
         self.next = self.pool.submit(self._make, step + 1) if step + 1 < self.n_steps else None
         return [batch.to(self.device, non_blocking=True) for batch in ready.result()]
+
+
+def compute_gradient(parallel_model, batches, filler, n_batches, metric_names):
+    """Add up the gradient of a rank's micro-batches. Returns (the summed loss of each, what they count in all,
+    {name: the metric's sum over all}). A rank with fewer than n_batches repeats `filler`, with weight 0."""
+    sums, count, metrics = [], 0, dict.fromkeys(metric_names, 0.0)
+    for i in range(n_batches):
+        is_last = i == n_batches - 1
+        if i >= len(batches):
+            parallel_model.backward(filler, weight=0.0, is_last=is_last)
+            continue
+        batch_sum, batch_count, batch_metrics = parallel_model.backward(batches[i], is_last=is_last)
+        sums.append(batch_sum)
+        count += batch_count
+        for name in metric_names:
+            metrics[name] = metrics[name] + batch_metrics[name]
+    return sums, count, metrics
 
 
 def scale_and_clip(optimizer, count, clip):

@@ -318,6 +318,24 @@ def test_a_second_run_on_one_folder_names_the_first(run_flags, uninterrupted, tm
     assert_same_run(out, uninterrupted)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "step-500/shard.distcp"])
+def test_a_folder_with_another_programs_model_is_refused_and_left_alone(run_flags, tmp_path, name):
+    """It may be the one that --init names."""
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("theirs")
+    line = run_refused("train_pm.py", *run_flags, "--out", tmp_path / "theirs")
+    assert f"theirs: holds {name.partition('/')[0]}, of a model or a run of another program" in line
+    assert path.read_text() == "theirs"
+
+
+def test_data_files_may_move_before_a_run_goes_on(lm, text_file, tmp_path):
+    moved = shutil.copy(text_file, tmp_path / "moved.jsonl")
+    flags = ("--init", lm, "--steps", 1, "--batch", 256, "--ctx", 128, "--out", tmp_path / "run")
+    run_well("train_lm.py", *flags, "--data", text_file)
+    assert "done" in run_well("train_lm.py", *flags, "--data", moved, "--resume")
+
+
 @pytest.mark.parametrize("kind", ["file", "device", "below a file"])
 def test_an_out_that_is_no_folder_is_refused_and_left_alone(run_flags, tmp_path, kind):
     file = tmp_path / "file"
