@@ -11,7 +11,7 @@ C is the prompt. p0 is the teacher: the initial model, unless --teacher names an
 the texts are pieces of language-model text set after "Human:", and half are dialogues.
 
 For every token of X, the teacher's 50 likeliest next tokens and the sum of all others form a distribution
-over 51 classes. It is computed once, with the prompt's keys and values computed once for all, and stored.
+over 51 classes. It is computed once and stored; the prompt's keys and values are computed once for all texts.
 What is lost is how the teacher divides the 51st class among its tokens. So the gradient with
 respect to the student's logits differs little from that of the KL over the whole vocabulary: the absolute
 differences sum to at most twice the teacher's probability of the 51st class (top_kl_of has the gradient).
@@ -24,6 +24,7 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
@@ -63,7 +64,7 @@ def parse_args():
         help='files of {"text": "Human: …\\n\\nAssistant: …"} lines for the other half, as data.prepare '
         "stackexchange --dialogue makes them (default: the toy world's, for toy data)")
     add("--ctx", type=plan.positive(int),
-        help="tokens of X at most (default: what the prompt leaves of the teacher's context)")
+        help="tokens of X at most (default: what the prompt leaves of the teacher's context, 1024 at most)")
     add("--sequences", type=plan.between(int, 64, 2**31), default=8192,
         help="different X in all, half of each kind, 64 at least (default: %(default)s)")
     add("--online", action="store_true",
@@ -94,18 +95,17 @@ def main():
     teacher = teacher.to(ranks.device).freeze(model.dtype)
     # The prompt's text, and a cache that has read it.
     prompt, prefix = read_prompt(teacher, tokenizer, teacher.config.ctx, prompt_name, args.prompt_tokens)
-    ctx = min(args.ctx or math.inf, teacher.config.ctx - prefix.prefix_tokens, model.config.ctx)
+    ctx = min(args.ctx or 1024, teacher.config.ctx - prefix.prefix_tokens, model.config.ctx)
     if ctx < 2 * SHORTEST:
         raise InputError(f"--prompt {prompt_name}: of the teacher's context of {teacher.config.ctx} tokens "
                          f"it leaves {ctx} for X; give --prompt_tokens, or a larger --ctx")
     sequences = make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks)
-    micro_tokens = plan.micro_tokens(args, model, ranks.device)
+    micro_tokens = plan.micro_tokens(args, model, ranks)
     stored = None
     if not args.online:
         stored = store_teacher(teacher, teacher_folder, prefix, prompt, sequences, micro_tokens, ranks)
 
-    n_held_out = max(1, len(sequences) // 32)
-    held_out, train = np.arange(n_held_out), np.arange(n_held_out, len(sequences))
+    held_out, train = split(sequences)
     lm_lr = meta.get("lm_lr") or plan.lm_rate(model.config.d_model)
     lr = args.lr or plan.stage_rate(model, lm_lr, 0.05)
     steps_per_epoch = math.ceil(len(train) / args.batch)
@@ -121,8 +121,8 @@ def main():
         hidden = model(row.tokens, row.layout)
         if args.online:
             with torch.no_grad():
-                taught = teacher(row.tokens, row.layout, prefix)
-            total, _ = full_kl(model, hidden, teacher, taught)
+                teacher_hidden = teacher(row.tokens, row.layout, prefix)
+            total, _ = full_kl(model, hidden, teacher, teacher_hidden)
         else:
             total, _ = top_kl(model, hidden, row.ids, row.log_p)
         return total, len(row.tokens), {}
@@ -209,6 +209,17 @@ def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):
         chosen.append(tokenizer.encode("\n\n" + dialogues[order[i % len(dialogues)]])[:ctx])
     shuffled = np.random.default_rng([args.seed, 3]).permutation(len(chosen))
     return [chosen[i].astype(np.int64) for i in shuffled]
+
+
+def split(sequences):
+    """(numbers of the held-out sequences, a 32nd of all; those of the others). A sequence that comes more than
+    once is always on one side: which one, a hash of its tokens decides."""
+    hashes = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in sequences]
+    order = np.argsort(hashes, kind="stable")  # equal ones stand next to each other
+    n_held_out = max(1, len(sequences) // 32)
+    while n_held_out < len(order) - 1 and hashes[order[n_held_out]] == hashes[order[n_held_out - 1]]:
+        n_held_out += 1
+    return np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
 
 
 def text_pieces(text, tokenizer, ctx, seed):
@@ -340,7 +351,7 @@ def rest_of(log_p, ids):
 
 # ------------------------------------------------------------------------------------------------------------
 # The losses. linear_loss computes the student's logits for some rows at a time, and calls `row_loss` for their
-# losses and the losses' gradient with respect to the logits, where it needs that. Here it always gives both.
+# losses and, where it is needed, the losses' gradient by the logits. The functions here always return both.
 
 
 def top_kl(model, hidden, ids, log_p):
@@ -354,11 +365,14 @@ def top_kl(model, hidden, ids, log_p):
     return linear_loss(hidden.to(model.dtype), model.unembedding, row_loss)
 
 
-def full_kl(model, hidden, teacher, taught):
-    """KL over the whole vocabulary: hidden and taught (N, d), final hidden states of student and teacher.
-    Returns (sum, losses (N,)) in nats."""
+def full_kl(model, hidden, teacher, teacher_hidden):
+    """KL over the whole vocabulary, in nats, of the student's and the teacher's final hidden states (N, d).
+    Returns (sum, losses (N,))."""
     def row_loss(logits, rows, need_gradient):
-        return full_kl_of(logits, teacher.logits(taught[rows]))
+        teacher_logits = teacher.logits(teacher_hidden[rows])
+        # Tables of models that share a tokenizer may differ in how many rows behind its ids they have to spare.
+        n_more = logits.shape[1] - teacher_logits.shape[1]
+        return full_kl_of(logits, F.pad(teacher_logits, (0, n_more), value=-1e9))
     return linear_loss(hidden.to(model.dtype), model.unembedding, row_loss)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (DATA, losses, make_texts, metrics, read_jsonl, read_meta, run, run_refused, run_well,
+from conftest import (DATA, losses, make_model, make_texts, metrics, read_jsonl, read_meta, run, run_refused, run_well,
                       write_jsonl)
 
 import checkpoint
@@ -71,6 +71,18 @@ def test_the_gradients_differ_by_at_most_twice_the_rest(scale):
     difference = (top_gradient - full_gradient).abs().sum(1)
     assert (difference <= 2 * log_p[:, -1].exp() + 1e-12).all() and (top <= full + 1e-12).all()
     assert difference.max() > 1e-6
+
+
+@pytest.mark.parametrize("n_rows", [80, 128])
+def test_the_teachers_table_may_have_other_spare_rows(n_rows):
+    """Models of one family share a tokenizer, and their tables are padded differently."""
+    student, teacher = make_model(), make_model(vocab_size=n_rows)
+    hidden = torch.randn(5, student.config.d_model, dtype=torch.float64)
+    n = min(n_rows, student.config.vocab_size)
+    kl, _ = distill.full_kl(student, hidden, teacher, hidden)
+    log_q = student.logits(hidden).log_softmax(-1)
+    log_p = teacher.logits(hidden)[:, :n].log_softmax(-1)
+    assert kl.item() == pytest.approx((log_p.exp() * (log_p - log_q[:, :n])).sum().item())
 
 
 def test_storing_in_half_precision_changes_the_gradient_little():
@@ -257,6 +269,15 @@ def test_pieces_of_long_and_short_documents_begin_at_every_kind_of_sentence(lm):
     pieces = distill.text_pieces(Text(np.array(stream), 2, 0), tokenizer, 100, seed=0)
     beginnings = {tokenizer.decode(ids)[:15] for ids in pieces}
     assert beginnings == {"\n\nHuman: One he", "\n\nHuman: Two th", "\n\nHuman: Three "}
+
+
+def test_a_sequence_that_comes_more_than_once_is_on_one_side():
+    sequences = [np.array([i % 50, 7]) for i in range(400)]
+    held_out, train = distill.split(sequences)
+    assert sorted([*held_out, *train]) == list(range(400)) and 400 // 32 <= len(held_out) <= 20
+    assert not {sequences[i][0] for i in held_out} & {sequences[i][0] for i in train}
+    held_out, train = distill.split([np.array([7])] * 64)  # the same text alone: each side has some
+    assert len(held_out) and len(train)
 
 
 def test_sequences_have_the_tokens_of_the_whole_string(tmp_path):
