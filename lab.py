@@ -87,8 +87,8 @@ def parse_args():
     add("--sets", nargs="+", choices=RANKED + BINARY, metavar="SET",
         help=f"for small and gpu: the sets to finetune on, of {', '.join(RANKED + BINARY)} (default: all)")
     add("--pairs", type=plan.positive(int),
-        help="comparisons that preference models and imitations learn from, without those of pre-training (default: "
-        "500 for small, all for the others)")
+        help="comparisons that preference models and imitations learn from, without those of pre-training "
+        "(default: 500 for small, all for the others)")
     add("--jobs", type=plan.positive(int),
         help="runs at a time (default: one for each GPU, or for each core, but then at least 3)")
     add("--launch", default="", metavar="COMMAND",
@@ -107,7 +107,7 @@ def parse_args():
         args.sets = args.sets or RANKED + BINARY
         args.seeds = args.seeds or scale.default_seeds
         args.sizes = args.sizes or list(scale.default_sizes)
-        there = scale.only or [name for name in CLAIMS if name not in scale.without]
+        there = scale.claims_tested or [name for name in CLAIMS if name not in scale.claims_left_out]
         wanted = [name for claim in args.claims or there for name in (CORE if claim == "core" else [claim])]
         unknown = [name for name in wanted if name not in there]
         if unknown:

@@ -241,8 +241,9 @@ class Finding:
 def finding(what, sign, estimate, unit="points", within=3.0):
     """The Finding that a difference is above 0 (sign >), is about 0 (=) or is not above 0 (<=).
 
-    A difference of up to `within` counts as none. So "about 0" holds if the whole interval is within that of
-    0, whether or not 0 is in it, and does not hold if the whole interval is beyond. "Not above 0" is alike."""
+    For "=" and "<=" a difference of up to `within` counts as none. So "about 0" holds if the whole interval is
+    within that of 0, whether or not 0 is in it, and does not hold if the whole interval is beyond. "Not above
+    0" is alike."""
     low, high = estimate.low, estimate.high
     holds = {">": low > 0, "=": -within < low and high < within, "<=": high < within}[sign]
     fails = {">": high < 0, "=": low > within or high < -within, "<=": low > within}[sign]
@@ -328,8 +329,8 @@ def outcome(arms, figure, parts, premises=(), beside=(), chance=0.5, **options):
     """The Outcome of sentences about {arm: values}, see `compared`; a Finding may stand in a sentence's
     place. figure: {title: Panel}, or what the y axis of the arms' panel is called.
 
-    Findings on single sets stand beside it. But if arms are said to be equal each set is a part, as a mean of
-    opposite differences would be 0 too."""
+    Findings on single sets stand beside it. But if a sentence says that there is no difference, or none above
+    0, each set is a part, as in the mean of opposite differences they cancel."""
     scale = SCALES.get(options.get("unit", "points"), 1)
     if isinstance(figure, str):
         figure = {"": panel(arms, figure, None if chance is None else scale * chance, scale)}
@@ -341,7 +342,7 @@ def outcome(arms, figure, parts, premises=(), beside=(), chance=0.5, **options):
                 continue
             main, *sets = compared(sentence, arms, chance, **options)
             findings.append(main)
-            (findings if main.within else result.beside).extend(sets)
+            (result.beside if " > " in sentence else findings).extend(sets)
     return result
 
 

@@ -1,7 +1,7 @@
 """What the paper's own sizes would take (Appendix A): GPUs, memory, days and commands, by simulated steps.
 
-Nothing here was run on GPUs: memory, operations and bytes are counted in a simulated step, and the speeds of the
-machine are assumptions.
+Nothing here was run on GPUs: memory, operations and bytes are counted in a simulated step, and the speeds of
+the machine are assumptions.
 """
 import itertools
 

@@ -35,15 +35,15 @@ def pmp_sample_efficiency(lab):
 
 def pmp_curve(lab):
     """Section 4.2: pre-training helps where there are 500 comparisons, and less where there are 5,000."""
-    if not lab.large:
+    if not lab.curve_sets:
         raise InputError("no set has comparisons enough for a curve")
 
     def curve(pre_train):
-        return {n: lab.arm(lambda one, name: one.transfer(name, pre_train(one), n=n), lab.large)
+        return {n: lab.arm(lambda one, name: one.transfer(name, pre_train(one), n=n), lab.curve_sets)
                 for n in lab.amounts}
     arms = {"without": curve(lambda one: None), "pre-trained": curve(lambda one: one.pre_trained())}
     yield arms
-    right, few, most = values(arms), lab.few, lab.amounts[-1]
+    right, few, most = values(arms), lab.finetune_pairs, lab.amounts[-1]
     gains = minus(right["pre-trained"], right["without"])
     findings = {n: finding(f"at {n:,}: pre-trained minus without", ">", mean(gains[n])) for n in lab.amounts}
     more = finding(f"at {few}: more than at {most:,} by", ">", mean(minus(gains[few], gains[most])))
@@ -75,11 +75,12 @@ def binary_pmp_transfers_better(lab):
     goes with a sign is much harder for 0.8M parameters in 300 steps than to rank them, so there is little to
     transfer. Larger models, or many more public comparisons, would decide.
     """
-    flags = tuple(flag for flag in lab.pmp if flag != "--binarise")
+    flags = tuple(flag for flag in lab.pmp_flags if flag != "--binarise")
 
     def binarised(one):
-        return one.pre_trained(pmp=(*flags, "--binarise"))
-    arms = {"none": transferred(lab), "ranked": transferred(lab, lambda one: one.pre_trained(pmp=flags)),
+        return one.pre_trained(pmp_flags=(*flags, "--binarise"))
+    arms = {"none": transferred(lab),
+            "ranked": transferred(lab, lambda one: one.pre_trained(pmp_flags=flags)),
             "binarised": transferred(lab, binarised)}
     models = lab.arm(binarised)[""]
     yield arms, models
@@ -123,7 +124,7 @@ def human_vs_model_pairs(lab):
     decide.
     """
     contexts, pairs = lab.model_written
-    flags = (*lab.pmp, "--pairs", pairs, "--pairs_per_group", 1)
+    flags = (*lab.pmp_flags, "--pairs", pairs, "--pairs_per_group", 1)
 
     def model_written(one):
         source = one.data("stackexchange")
@@ -139,7 +140,7 @@ def human_vs_model_pairs(lab):
                             comparisons=2 * pairs)
 
     def on_human_written(one):
-        return one.pre_trained(pmp=flags, sources=["stackexchange"])
+        return one.pre_trained(pmp_flags=flags, sources=["stackexchange"])
     arms = {"none": transferred(lab), "human-human": transferred(lab, on_human_written),
             "human-model": transferred(lab, on_model_written)}
     yield arms

@@ -42,7 +42,8 @@ class Run:
     def __init__(self, folder, script, *flags, seconds):
         self.script, self.flags, self.seconds = script, flags, seconds
         self.needs = [flag for flag in flags if isinstance(flag, Run)]
-        parts = [script, code_digest(script), *map(content_of, flags)]
+        self.digest = code_digest(script)
+        parts = [script, self.digest, *map(content_of, flags)]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self.folder = Path(folder) / self.key
         self.trains = is_training(script)
@@ -75,7 +76,7 @@ class Run:
                 self.run_command(launch, environment)
 
     def run_command(self, launch, environment):
-        digest, began = code_digest(self.script), time.monotonic()
+        began = time.monotonic()
         command, log = self.command(), self.folder / "log.txt"
         if self.trains and (self.out / "metrics.jsonl").exists():
             command.append("--resume")
@@ -90,8 +91,8 @@ class Run:
         if self.trains and last_line.startswith("stopped after step"):
             why = "interrupted"
         code_digest.cache_clear()
-        if code_digest(self.script) != digest:
-            why = "the code was changed while it ran; start again"
+        if code_digest(self.script) != self.digest:
+            why = "the code was changed after the lab began; start again"
         if why:
             raise RuntimeError(f"{shlex.join(command)}: {why}: {last_line[:300]}")
         if self.trains:
@@ -124,7 +125,8 @@ def content_of(flag):
 
 @functools.cache
 def code_digest(script):
-    """A digest of a script and of all files of this project that it imports, directly or not."""
+    """A digest of a script, of all files of this project that it imports, directly or not, and of the prompts
+    that are named by a word."""
     finder = modulefinder.ModuleFinder(path=[str(ROOT)])
     if script.startswith("-m "):
         finder.import_hook(script.split()[1])
@@ -132,6 +134,7 @@ def code_digest(script):
     else:
         finder.run_script(str(ROOT / script))
     files = sorted(module.__file__ for module in finder.modules.values() if module.__file__)
+    files += sorted((ROOT / "data/prompts").glob("*.txt"))
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -30,8 +30,9 @@ from data.toy.world import build_world
 from model import SIZES
 
 # The rate at which all arms learn, as a part of the language model's: of small models, and of those with 100M
-# parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for both objectives (results/LOG.md).
-SMALL_RATE, GIVEN_RATE = 0.1, 0.03
+# parameters and more. Of 0.01, 0.03 and 0.1 the second was the best for a model of 135M, with both objectives
+# (results/LOG.md).
+SMALL_RATE, LARGE_RATE = 0.1, 0.03
 NEVER = 10**6  # --eval_every: no evaluation before the end
 
 
@@ -50,6 +51,11 @@ def count_label(n):
     return f"{n:.1f}M" if n < 10 else f"{n:.0f}M" if n < 1000 else f"{n / 1000:.3g}B"
 
 
+def rate_of(n_blocks, d_model):
+    """The rate at which models with so many parameters in their blocks learn, as a flag has it."""
+    return f"{(SMALL_RATE if n_blocks < plan.SMALL else LARGE_RATE) * plan.lm_rate(d_model):.3g}"
+
+
 class Scale:
     """The models and evaluations of a scale: a method for each kind returns the Run that makes it.
 
@@ -57,13 +63,14 @@ class Scale:
     """
     flops, vocabulary, tokens = plan.CORE_FLOPS, 300, 300  # for estimates of time; tokens: in a comparison
     world = None  # the toy world of all seeds; None: each seed has its own
-    few, pmp = 500, ("--batch", 32)  # comparisons after pre-training; the flags of pre-training
-    pairs, much = None, ()  # of other trainings on a set: their comparisons, if not all; their flags
+    pmp_flags = "--batch", 32  # of pre-training
+    finetune_pairs = 500  # comparisons of a set that models learn from after pre-training
+    pairs, pm_flags = None, ()  # of other trainings on a set: their comparisons, if not all; their flags
     max_new, default_seeds = 40, 3  # max_new: tokens of a sample
     ctx = 256  # tokens of the language model's context
     distillation = ("--sequences", 3072)
     given = None  # a language model to start from, in place of those that are trained here
-    only, without = (), ()  # the claims that are tested, if not all; those that cannot be
+    claims_tested, claims_left_out = (), ()  # those that are tested, if not all; those that cannot be
 
     def __init__(self, args):
         self.folder, self.sizes = Path(args.out).resolve() / "runs", args.sizes
@@ -71,7 +78,7 @@ class Scale:
             self.measure_given_model(args)
         self.pairs = args.pairs or self.pairs
         if self.pairs:
-            self.comparisons, self.much = self.pairs, ("--pairs", self.pairs, *self.much)
+            self.comparisons, self.pm_flags = self.pairs, ("--pairs", self.pairs, *self.pm_flags)
         self.seeds, self.many_seeds = range(args.seeds), range(args.many_seeds)
         self.size, self.seed = self.sizes[-1], 0
 
@@ -79,16 +86,16 @@ class Scale:
         """Set what depends on --lm. Its size is the number of all its parameters, tables included, as such
         models' names have it."""
         self.given = Path(args.lm).resolve()
-        model = checkpoint.load_lm(self.given)[0]
+        model = checkpoint.load_lm(self.given, lazily=True)[0]
         n_blocks, self.n_given = model.n_params()
         self.ctx = min(model.config.ctx, model.config.window or model.config.ctx)
         self.sizes = args.sizes = [count_label(self.n_given)]
-        part = SMALL_RATE if n_blocks < plan.SMALL else GIVEN_RATE
-        self.given_rate = f"{part * plan.lm_rate(model.config.d_model):.3g}"
+        self.given_rate = rate_of(n_blocks, model.config.d_model)
 
     def arm(self, make, names=None, size=None):
-        """{set: the runs make(one, set) for each seed}, where `one` is this scale at a seed and a size, the
-        main one unless said. Without names there is one set, called "", and the runs are make(one)."""
+        """For each set the runs that make(scale, set) returns, one for each seed: {set: [run, …]}. The scale is
+        at that seed and at `size`, by default the main size. Without names there is one set, called "", and
+        the runs are those of make(scale)."""
         scales = [self.changed(size=size or self.size, seed=seed) for seed in self.seeds]
         if names is None:
             return {"": [make(one) for one in scales]}
@@ -135,7 +142,7 @@ class Scale:
 
     def rate(self):
         """The learning rate of all arms: a part of the language model's, which is train_lm.py's default."""
-        return self.given_rate if self.given else f"{SMALL_RATE * plan.lm_rate(SIZES[self.size][1]):.3g}"
+        return self.given_rate if self.given else rate_of(parameters(self.size), SIZES[self.size][1])
 
     def train_pm(self, init, *flags, held_out, comparisons):
         """A preference model, or an imitation, that sees about so many comparisons. A binarised one is
@@ -147,18 +154,18 @@ class Scale:
 
     def pm(self, name, *flags, init=None):
         """A preference model of a set."""
-        return self.train_pm(init or self.lm(), "--data", self.data(name), *self.much, *flags,
+        return self.train_pm(init or self.lm(), "--data", self.data(name), *self.pm_flags, *flags,
                              held_out=self.held_out(name), comparisons=self.comparisons)
 
     def imitation(self, name):
         return self.pm(name, "--objective", "imitation")
 
-    def pre_trained(self, *flags, sources=None, pmp=None):
+    def pre_trained(self, *flags, sources=None, pmp_flags=None):
         """A preference model pre-trained for an epoch on public data (Section 4), by default on all sources
         and with the scale's flags: binarised, as in the paper, where models are large enough to learn
         that."""
         mix = {name: n for name, n in self.sources.items() if name in (sources or self.sources)}
-        flags = (self.pmp if pmp is None else pmp) + flags
+        flags = (self.pmp_flags if pmp_flags is None else pmp_flags) + flags
         if all(mix.values()) and "--pairs" not in flags:
             flags += "--sizes", *mix.values()
         if "--lm_weight" not in flags:
@@ -196,18 +203,19 @@ class Scale:
         their contexts, which tells how much of the accuracy needs them."""
         skip = () if no_context else ("--skip_no_context",)
         return self.evaluate("pm", model, "--data", self.data(name), "--split", "auto", *skip, *flags,
-                             tokens=2 * self.tested * self.tokens)
+                             tokens=2 * self.n_tested * self.tokens)
 
     def transfer(self, name, init=None, *flags, n=None):
         """What is right after finetuning on n comparisons of a set, from a pre-trained model or the language
-        model. It takes 8 a step: in the 16 steps of the paper's 32, 500 comparisons teach nothing."""
-        n = n or self.few
+        model. A step has 8 comparisons: with the paper's 32, 500 comparisons make 16 steps, which teach
+        nothing."""
+        n = n or self.finetune_pairs
         tuned = self.train_pm(init or self.lm(), "--data", self.data(name), "--pairs", n, "--batch", 8,
                               *flags, held_out=self.held_out(name), comparisons=n)
         return self.accuracy(tuned, name)
 
     def sampling_seconds(self, contexts, n, max_new):
-        """An estimate: small models take what each step of sampling takes; with larger ones the tokens count,
+        """An estimate. For a small model each step of sampling takes 2 ms. For a larger one the tokens count,
         and a token takes four times as long as one of a long row."""
         steps = 0.002 * contexts * n**0.5 * max_new
         return max(steps, self.seconds(contexts * (n * max_new + self.tokens / 2), 8))
@@ -242,11 +250,12 @@ class Toy(Scale):
     other pages and other comparisons, so that an interval over seeds is one over worlds. The worlds from 10
     on are for choosing settings, and the lab does not look at them."""
     default_sizes, default_seeds = ("test", "0.8m"), 6
-    without = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; all answers are stock phrases
+    claims_left_out = "code-tax", "truthfulqa-needs-mutual-information"  # no programs; only stock phrases
     flops, vocabulary, tokens = 1.1e11, 1500, 60  # as measured with models this small
-    ranked, binary, targets, large = ("ranked",), ("binary",), ("ranked",), ("ranked",)
+    ranked = targets = curve_sets = ("ranked",)
+    binary = ("binary",)
     sources = {"stackexchange": 7000, "reddit": 1300, "wikipedia": 1700}  # in the paper's proportions
-    comparisons, tested = 5600, 2400
+    comparisons, n_tested = 5600, 2400
     amounts, ks = (100, 500, 1500, 5000), (1, 2, 4, 8, 16)
     model_written = 3000, 2000  # contexts that an imitation continues; pairs of them for pre-training
     contexts, judged, chosen_for = "hhh", "ranked", "binary"
@@ -317,14 +326,14 @@ HELD_OUT = {  # the part of the groups to test on, 400 to 900 comparisons; of ot
 class Small(Scale):
     """Published sets under --data, on a CPU: what can be done in hours. One language model of each size
     serves all seeds; --lm gives one that was trained elsewhere in their place."""
-    name, default_sizes, without = "small", ("0.8m", "5m"), ("synthetic-transfer",)
+    name, default_sizes, claims_left_out = "small", ("0.8m", "5m"), ("synthetic-transfer",)
     vocabulary, tokens = 8192, 250
-    pairs, tested, much = 500, 600, ("--batch", 8)
+    pairs, n_tested, pm_flags = 500, 600, ("--batch", 8)
     amounts, ks = (100, 500, 5000), (1, 2, 4)
     sources, model_written = {"stackexchange": 1000, "alpaca-eval": 1000, "ukp-convarg": 1500}, (1000, 800)
     contexts, judged, chosen_for = "hh", "hh", "code"
     ctx, lm_tokens = 512, 12.3e6
-    learn = "--tokenizer", "bpe:8192", "--ctx", ctx, "--steps", 1500
+    lm_flags = "--tokenizer", "bpe:8192", "--ctx", ctx, "--steps", 1500
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 300), 60
 
     def __init__(self, args):
@@ -339,11 +348,11 @@ class Small(Scale):
         self.ranked = tuple(name for name in RANKED if name in args.sets)
         self.binary = tuple(name for name in BINARY if name in args.sets)
         self.targets = self.ranked + self.binary
-        self.large = tuple(name for name in self.targets if name not in FEW)
+        self.curve_sets = tuple(name for name in self.targets if name not in FEW)
 
     def lm(self):
         return self.given or self.run("train_lm.py", "--data", self.data("lm"), "--size", self.size,
-                                      *self.learn, seconds=self.seconds(self.lm_tokens))
+                                      *self.lm_flags, seconds=self.seconds(self.lm_tokens))
 
     def data(self, name):
         """The file of this name, as it is published or as data.prepare makes it. InputError where it is not
@@ -371,7 +380,7 @@ class Own(Scale):
     """Comparisons of one's own, and a model to start from (--lm). For pmp-curve also public comparisons to
     pre-train on (--public)."""
     default_sizes = ()
-    only = "ranked-beats-imitation", "calibration", "pmp-curve", "ensembles"
+    claims_tested = "ranked-beats-imitation", "calibration", "pmp-curve", "ensembles"
     ranked = targets = ("own",)
     amounts = (100, 500, 1500, 5000)
 
@@ -383,13 +392,13 @@ class Own(Scale):
         self.files |= {f"public {i}": Path(path).resolve() for i, path in enumerate(args.public)}
         self.sources = {name: None for name in self.files if name != "own"}
         n = sum(1 for _ in read_records(self.files["own"]))
-        self.tested = round(self.held_out("own") * n)
-        left = n - self.tested
+        self.n_tested = round(self.held_out("own") * n)
+        left = n - self.n_tested
         self.comparisons = self.pairs or left
         # Groups are held out whole, so it is not known yet how many comparisons are left to train on.
         self.amounts = [amount for amount in self.amounts if amount <= 0.8 * left]
-        self.few = max([amount for amount in self.amounts[:-1] if amount <= 500], default=None)
-        self.large = self.targets if self.few else ()
+        self.finetune_pairs = max([amount for amount in self.amounts[:-1] if amount <= 500], default=None)
+        self.curve_sets = self.targets if self.finetune_pairs else ()
 
     def pre_trained(self):
         if not self.sources:
@@ -411,10 +420,11 @@ class Gpu(Small):
     FILES has the names."""
     name, default_sizes = "gpu", ("13m", "42m", "197m", "810m")
     vocabulary, tokens, flops = 50_000, 300, plan.GPU_FLOPS * plan.UTILISATION / 2
-    pairs, comparisons, tested, much, pmp = None, 20_000, 2000, (), ("--batch", 512, "--binarise")
+    pairs, comparisons, n_tested, pm_flags = None, 20_000, 2000, ()
+    pmp_flags = "--batch", 512, "--binarise"
     sources, model_written = {name: None for name in Small.sources}, (20_000, 15_000)  # all of each
     ctx = 2048
-    learn = "--tokenizer", "bpe:50000", "--ctx", ctx, "--batch", 2**18, "--compile"
+    lm_flags = "--tokenizer", "bpe:50000", "--ctx", ctx, "--batch", 2**18, "--compile"
     prompt, max_new = ("--prompt", "hhh", "--prompt_tokens", 1000), 200
 
     @property

@@ -68,10 +68,30 @@ def test_the_code_of_a_script_is_what_it_imports(tmp_path, monkeypatch):
     assert digest() == before
     (tmp_path / "used.py").write_text("x = 2\n")
     assert digest() != before
+    before = digest()
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    (tmp_path / "data/prompts/hhh.txt").write_text("Be kind.\n")  # --prompt hhh
+    assert digest() != before
     monkeypatch.undo()
     runs.code_digest.cache_clear()
     names = [f"-m data.prepare {name}" for name in ("stackexchange", "reddit", "human-vs-model")]
     assert len({*map(runs.code_digest, names)}) == 3  # data.prepare imports its sources by name
+
+
+def test_a_run_of_code_that_changed_since_the_lab_began_is_not_kept(tmp_path, games, monkeypatch):
+    later = elo(tmp_path / "runs", games)
+    digest = runs.code_digest
+    changed = lambda script: "new code"  # noqa: E731
+    changed.cache_clear = digest.cache_clear
+    monkeypatch.setattr(runs, "code_digest", changed)
+    with pytest.raises(RuntimeError, match="the code was changed after the lab began"):
+        later.execute("", {})
+    assert not later.done
+
+
+def test_models_of_100m_parameters_learn_at_the_rate_found_for_them():
+    small, large = (float(scales.rate_of(scales.parameters(size), 1024)) for size in ("42m", "197m"))
+    assert large == pytest.approx(0.3 * small, rel=0.01)
 
 
 def test_runs_are_done_once_and_a_failure_stays_where_it_is(tmp_path, games):
@@ -350,7 +370,7 @@ def made_up(tmp_path, monkeypatch):
         class args:
             out, data, lm, pairs, sets = tmp_path, tmp_path, None, None, scales.RANKED + scales.BINARY
         args.seeds, args.many_seeds, args.sizes = seeds, seeds, list(sizes)
-        scale = Published if name in scales.Toy.without else Invented
+        scale = Published if name in scales.Toy.claims_left_out else Invented
         claim = lab.CLAIMS[name](scale(args))
         next(claim)
         return lab.concluded(claim)
@@ -715,7 +735,7 @@ def test_the_claims_of_ones_own_data(tmp_path, lm, comparisons_file):
                "--seeds", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "own/report.md").read_text()
-    for name in scales.Own.only:
+    for name in scales.Own.claims_tested:
         assert f"## {name}\n" in report and (tmp_path / f"own/{name}.png").exists()
     assert "at 10: pre-trained minus without" in report
 
@@ -745,9 +765,10 @@ def test_flags_that_do_not_go_with_a_scale_are_refused(flags, why):
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
     """With the steps and amounts of a test; verdicts are printed as soon as their runs are done."""
     script = tiny_lab(
-        tmp_path, "scales.Small.few, scales.Small.pairs, scales.Small.much = 20, 20, ('--steps', 2)",
-        "scales.Small.learn = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
-        "scales.Small.pmp = ('--batch', 8, '--steps', 2)")
+        tmp_path, "scales.Small.finetune_pairs, scales.Small.pairs = 20, 20",
+        "scales.Small.pm_flags = ('--steps', 2)",
+        "scales.Small.lm_flags = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
+        "scales.Small.pmp_flags = ('--batch', 8, '--steps', 2)")
     claims = ("calibration", "pmp-sample-efficiency", "code-tax")
     done = run(script, ROOT, "small", *claims, "--data", published, "--sets", "hellaswag", "hh",
                "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
