@@ -4,6 +4,7 @@ import argparse
 import datetime
 import math
 import os
+import shlex
 
 import torch
 
@@ -97,6 +98,12 @@ def set_ctx(model, ctx):
     return ctx
 
 
+def flag_text(name, value):
+    """A flag and its value as one would type them."""
+    values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+    return shlex.join([f"--{name}", *map(str, values)])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Default learning rates
 
@@ -125,14 +132,14 @@ def stage_rate(model, lm_lr, paper_scale):
 
 STATE_BYTES = 16  # a parameter: weight, gradient and AdamW's two averages, in fp32
 CAST_BYTES = 2  # a parameter: its copy in bf16
-CORE_FLOPS = 1.5e11  # a second, that training reaches on one CPU core in bf16
+CORE_FLOPS = 1.5e11  # floating-point operations a second that training reaches on one CPU core in bf16
 GPU_BYTES, GPU_FLOPS = 80e9, 989e12  # an H100's memory, and its peak a second in bf16
 UTILISATION = 0.4  # the part of the peak that training is assumed to reach
 
 
 def state_bytes(model, shard=1):
-    """Bytes of weights, gradients and optimizer state on each of `shard` ranks. Where these share a model, each
-    has besides, gathered for a while, the weights and gradients of two blocks and of all outside the blocks.
+    """Bytes of weights, gradients and optimizer state on each of `shard` ranks. Ranks that share a model also
+    gather, for a while, the weights and gradients of two blocks and of all outside the blocks.
     """
     blocks, total = model.n_params()
     gathered = total - blocks + 2 * blocks / model.config.n_layer if shard > 1 else 0
@@ -140,8 +147,8 @@ def state_bytes(model, shard=1):
 
 
 def token_bytes(config, device, recompute=False):
-    """Activations that are kept for the backward pass, in bytes a token and in bf16: roughly, for a default that
-    must be known before there is a batch to simulate.
+    """Activations that are kept for the backward pass, in bytes a token and in bf16: roughly, for a default
+    that must be known before there is a batch to simulate.
 
     A block keeps about 14 vectors of d_model numbers and 4 of d_ff, and on CPUs two times the attention
     weights of a token, over about 512 keys at most. With --recompute all but one keep their input alone.
@@ -151,22 +158,26 @@ def token_bytes(config, device, recompute=False):
     return config.n_layer * 4 * config.d_model + block if recompute else config.n_layer * block
 
 
-def micro_tokens(args, model, device):
-    """Tokens in a micro-batch: --micro_tokens, or what a third of the free memory holds, from 256 to 65,536.
+def micro_tokens(args, model, ranks):
+    """Tokens in a micro-batch: --micro_tokens, or what fits in a third of the memory that the model leaves,
+    from 256 to 65,536 (to 8,192 on a CPU). It is the same on all ranks, as they share the rows that it makes.
     """
     if args.micro_tokens:
         return args.micro_tokens
     shard, recompute = getattr(args, "shard", 1), getattr(args, "recompute", False)
-    free = device_memory(device) - state_bytes(model, shard) - CAST_BYTES * model.n_params()[1] / shard
+    device = ranks.device
+    taken = state_bytes(model, shard) + CAST_BYTES * model.n_params()[1] / shard
+    free = ranks.smallest(device_memory(device)) - taken
     fitting = free / 3 / token_bytes(model.config, device, recompute)
     return int(min(max(fitting, 256), 8192 if device.type == "cpu" else 65536))
 
 
 def fit_shard(args, ranks, model):
-    """Make of --shard auto the smallest divisor of the number of ranks for which the model fits in memory, with
-    a quarter of it free for activations. Raises InputError if --shard does not divide the ranks, or does not
-    fit; otherwise the system would kill this process, or another one."""
-    have, divisors = device_memory(ranks.device), [n for n in range(1, ranks.world + 1) if ranks.world % n == 0]
+    """Replace --shard auto by the smallest divisor of the number of ranks for which the model fits in memory,
+    with a quarter of it free for activations. Raises InputError if --shard does not divide the ranks, or does
+    not fit; otherwise the system would kill this process, or another one."""
+    have = ranks.smallest(device_memory(ranks.device))  # all ranks have to come to the same answer
+    divisors = [n for n in range(1, ranks.world + 1) if ranks.world % n == 0]
     if args.shard == "auto":
         args.shard = next((n for n in divisors if state_bytes(model, n) < 0.75 * have), ranks.world)
     if args.shard not in divisors:
@@ -191,13 +202,11 @@ def fill_fresh(args, **defaults):
     return args
 
 
-def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
-    """A model of --size whose tensors have no memory yet. Each rank will draw its part of them from --seed.
-    Raises InputError if training it cannot fit in this machine."""
+def fresh_model(args, tokenizer, ctx, value_head=False):
+    """A model of --size whose tensors have no memory yet. Each rank will draw its part of them from --seed."""
     config = Config(*SIZES[args.size], tokenizer.vocab_size, ctx, value_head=value_head)
     with torch.device("meta"):
         model = GPT(config)
-    fit_shard(args, ranks, model)
     generator = torch.Generator().manual_seed(args.seed)
 
     def draw(name, p):
@@ -209,17 +218,18 @@ def fresh_model(args, tokenizer, ctx, ranks, value_head=False):
     return model
 
 
-def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batches):
-    """Say what is about to happen: flags, model, data (`lines`), steps, memory, time, and where the output goes.
+def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batches, largest=None):
+    """Say what is about to happen: flags, model, data (`lines`), steps, memory, time, and where output goes.
 
-    loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU. The one
-    with most tokens is simulated."""
+    loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU, which
+    tell the time. `largest`, or else the one of them with most tokens, is simulated and tells the memory."""
     if not ranks.main() and args.shard == 1:  # ranks that share a model simulate a step together
         return
     sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
-    most = max(sizes)
+    largest = largest or batches[sizes.index(max(sizes))]
+    most = max(sizes) if torch.is_tensor(largest) else largest.tokens.numel()
     try:
-        step = simulate(model, loss, batches[sizes.index(most)], args.recompute, ranks.device.type != "cpu",
+        step = simulate(model, loss, largest, args.recompute, ranks.device.type != "cpu",
                         args.shard, holds_gradients=len(batches) > 1,
                         buckets=ranks.world > 1 and args.shard == 1)
         estimate = estimated(step, most, sum(sizes) * n_steps, ranks) if ranks.main() else ""
@@ -234,7 +244,7 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
     flags = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     if flags.get("init"):  # the checkpoint brings these
         flags = {name: value for name, value in flags.items() if name not in ("size", "tokenizer")}
-    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
+    flags = " ".join(flag_text(name, value) for name, value in flags.items())
     data = "\n".join(lines)
     ranks.say(f"flags: {flags}\nmodel: {config.n_layer} layers x {config.d_model}, {config.n_head} heads, "
               f"ctx {config.ctx}, vocabulary {config.vocab_size:,}; {blocks / 1e6:.2f}M parameters in the "

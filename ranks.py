@@ -50,6 +50,10 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
+    def smallest(self, n):
+        """The smallest of the ranks' whole numbers n."""
+        return -self.largest(-n)
+
     def share(self, items):
         """This rank's part of `items`, a list of (item, True if it counts).
 
@@ -124,7 +128,7 @@ class Parallel:
     """A model whose ranks take their steps together. It holds `loss(model, batch) -> (sum, count, metrics)`."""
 
     def __init__(self, model, loss, ranks, shard=1):
-        self.model, self.compute = model, Loss(model, loss)
+        self.compute = Loss(model, loss)
         self.factor = 1.0
         if ranks.world > 1 and shard == 1:
             self.compute = DistributedDataParallel(self.compute, gradient_as_bucket_view=True)
@@ -139,13 +143,12 @@ class Parallel:
             context = self.compute.no_sync()
         with context:
             loss_sum, count, metrics = self.compute(batch)
-            weight = weight * self.factor
-            (loss_sum if weight == 1 else weight * loss_sum).backward()
+            (weight * self.factor * loss_sum).backward()
         return loss_sum.detach(), count, metrics
 
 
 def shard_mesh(ranks, shard):
-    """The ranks in groups of `shard` that share a model. If there are several, they are copies of each other."""
+    """The ranks in groups of `shard` that share a model. Several groups are copies of each other."""
     kind, n_copies = ranks.device.type, ranks.world // shard
     shape, names = ((n_copies, shard), ("replicate", "shard")) if n_copies > 1 else ((shard,), ("shard",))
     return init_device_mesh(kind, shape, mesh_dim_names=names)
@@ -229,12 +232,13 @@ def pick_dtype(name, device):
 
 
 def device_memory(device):
-    """Bytes of memory that the device has in all, or this process's share of them where lab.py has started
-    several on the device."""
+    """Bytes of memory that the device has in all, or this process's share of them where several are on the
+    device: ranks of one machine's CPU, or what lab.py has started."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return memory // processes_per_device()
 
 

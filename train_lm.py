@@ -34,8 +34,8 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", default=["toy"],
-        help='files or folders of text: {"text"} JSON lines or .txt, plain or compressed (.gz, .xz, .bz2, .zst); '
-        "toy, or toy:SEED for another toy world (default: toy)")
+        help='files or folders of text: {"text"} JSON lines or .txt, plain or compressed (.gz, .xz, .bz2, '
+        ".zst); toy, or toy:SEED for another toy world (default: toy)")
     add("--init",
         help="model to start from, which brings its size and tokenizer: a checkpoint folder, a Hugging Face "
         "folder or a .gguf file of the Llama family")
@@ -46,7 +46,8 @@ def parse_args():
         "(default: bpe:2048)")
     add("--ctx", type=plan.positive(int), help="tokens in a sequence (default: 256, or what --init has)")
     add("--held_out", type=float, default=0.01,
-        help="part of the documents that is held out for evaluation, 0 to 1 (default: %(default)s)")
+        help="part of the documents that is held out for evaluation, above 0 and below 1 (default: "
+        "%(default)s)")
     plan.add_training_flags(
         parser, batch=8192, batch_unit="tokens", batch_default="8192", schedule="cosine", warmup=0.03,
         lr_default="0.003 * sqrt(128 / d_model)")
@@ -64,14 +65,14 @@ def main():
         model, tokenizer, meta = checkpoint.load(args.init, value_head=False, lazily=True)
     else:
         tokenizer, meta = get_tokenizer(args.tokenizer, files), None
-        model = plan.fresh_model(args, tokenizer, args.ctx or 256, ranks)
+        model = plan.fresh_model(args, tokenizer, args.ctx or 256)
     plan.fit_shard(args, ranks, model)
     ctx = plan.set_ctx(model, args.ctx or model.config.ctx)
     model.dtype = pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)
-    if len(held_out.tokens) < 2:
-        raise InputError(f"{files[0]}: the held-out text has a single token; give more text or a larger "
-                         "--held_out")
+    if len(held_out.tokens) < 3:  # a token to begin with, one of text, and <eot>
+        raise InputError(f"{files[0]}: the held-out text has {len(held_out.tokens)} tokens; give more text or "
+                         "a larger --held_out")
 
     @functools.lru_cache(maxsize=2)  # of this step's epoch and of the next step's, which is made meanwhile
     def epoch_windows(epoch):  # where its windows begin, shuffled; equally many in each epoch
@@ -79,11 +80,12 @@ def main():
 
     batch = args.batch // ctx  # windows in a step, over all ranks; an epoch's last step may have fewer
     if batch == 0:
-        raise InputError(f"--batch {args.batch} is less than one sequence of --ctx {ctx} tokens")
+        raise InputError(f"--batch {args.batch} is less than one sequence of --ctx {ctx} tokens; give a "
+                         "smaller --ctx or a larger --batch")
     steps_per_epoch = math.ceil(len(epoch_windows(0)) / batch)
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
     lr = args.lr or plan.lm_rate(model.config.d_model)
-    micro_batch = max(1, plan.micro_tokens(args, model, ranks.device) // ctx)  # windows
+    micro_batch = max(1, plan.micro_tokens(args, model, ranks) // ctx)  # windows
     n_evaluations = math.ceil(n_steps / (plan.eval_interval(args, n_steps) or n_steps))
     # A backward pass costs twice as much as a forward pass. So a training token costs three forward passes,
     # and a held-out token one.
@@ -105,8 +107,9 @@ def main():
         return f"{len(batch)} windows, the first beginning {tokenizer.decode(batch[0, :12].tolist())!r}"
 
     plan.print_plan(args, ranks, model, n_steps, lr, micro_batch * ctx, [
-        f"data: {len(text.tokens):,} training tokens, {len(held_out.tokens):,} held out, of which an evaluation "
-        f"reads at most {eval_tokens:,}; a step: {batch} x {ctx} tokens; an epoch: {steps_per_epoch:,} steps"],
+        f"data: {len(text.tokens):,} training tokens, {len(held_out.tokens):,} held out, of which an "
+        f"evaluation reads at most {eval_tokens:,}; a step: {batch} x {ctx} tokens; an epoch: "
+        f"{steps_per_epoch:,} steps"],
         loss, micro_batches(0, rank=0))
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
@@ -128,7 +131,8 @@ def window_loss(model, batch):
 
 def held_out_loss(model, text, tokenizer, ctx, eval_tokens, micro_batch, ranks):
     """Mean loss in nats a token and in bits a byte, on windows of ctx tokens that are spread evenly over the
-    held-out text. They cover all of it if it has at most `eval_tokens` tokens."""
+    held-out text. If it has at most `eval_tokens` tokens they cover all of it, but for a last part that is
+    shorter than a window."""
     ctx = min(ctx, len(text.tokens) - 1)
     n_windows = (len(text.tokens) - 1) // ctx
     starts = [ctx * i for i in spread(n_windows, max(1, eval_tokens // ctx))]

@@ -17,9 +17,9 @@ Objectives:
 
 --binarise (Section 4.3) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and
 BAD:B > GOOD:B. GOOD and BAD are control texts, set before the completion. A pair compares the two control
-texts of one completion, so the model learns which of them suits it, and never to rank one completion above
-another. That comes with finetuning on ranked pairs, without control texts; until then its rewards for
-completions without them mean nothing. The LM loss that pmp adds is that of " GOOD:" and the best completion
+texts of one completion, so the model learns which of them suits it. It learns to rank completions only when
+it is finetuned on ranked pairs without control texts. Before that, its rewards for completions without a
+control text mean nothing. The LM loss that pmp adds is that of " GOOD:" and the best completion
 behind it.
 """
 import argparse
@@ -101,7 +101,7 @@ def main():
     files = list(dict.fromkeys(file for source in sources for file in source))
     wants_head = args.objective != "imitation"
     resumed = trainer.resumed(args, ranks, "pm" if wants_head else "lm", files)
-    model, tokenizer, earlier_meta = resumed or build_model(args, ranks, wants_head)
+    model, tokenizer, earlier_meta = resumed or build_model(args, wants_head)
     plan.fit_shard(args, ranks, model)  # turns --shard auto into a number, and refuses what cannot fit
     if args.chat:
         tokenizer.use_chat()
@@ -114,7 +114,7 @@ def main():
         model.lm_head.requires_grad_(False)  # nothing trains it
 
     data = load_comparisons(files, tokenizer, quiet=not ranks.main())
-    control = tuple(map(tokenizer.encode, CONTROL)) if args.binarise else ((),)
+    control = tuple(map(tokenizer.encode, CONTROL)) if args.binarise else None
     row_format = RowFormat(model.config.ctx, tokenizer, eoc=not args.no_eoc, control=control)
     train, held_out, notes = selection.choose(args, data, sources, row_format.comparison_room)
     for note in notes:  # what is left out, and how many contexts are cut
@@ -126,7 +126,7 @@ def main():
     lr = args.lr or plan.stage_rate(model, lm_lr, paper_rate)
     steps_per_epoch = math.ceil(len(train) / batch)
     n_steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
-    micro_tokens = plan.micro_tokens(args, model, ranks.device)
+    micro_tokens = plan.micro_tokens(args, model, ranks)
     objective = "binarised" if args.binarise else args.objective
     unit, metric_names = MEAN_OVER[objective]
     predict = "best" if lm_weight or not wants_head else None
@@ -142,7 +142,8 @@ def main():
         examples = train[numbers]
         kept = [selection.completions_to_keep(data.scores(i), args, epoch, i) for i in examples]
         lengths = packed_lengths(data, examples, row_format, kept)
-        # Rows of numbers in `examples` and `kept`. A rank may have fewer than another: trainer.py sees to it.
+        # Each row is a list of places in `examples` and `kept`. Ranks may have different numbers of rows;
+        # trainer.py lets those with fewer repeat one.
         rows = pack_for_rank(lengths, micro_tokens, rank, ranks.world)
         return [training_row(examples[row], [kept[i] for i in row]) for row in rows]
 
@@ -156,7 +157,7 @@ def main():
         return ", ".join(data.where(i) for i in row.examples)
 
     mean_length, longest, longest_kept, longest_length = selection.measure_rows(args, data, train, row_format)
-    # One that is longer than a micro-batch has a row to itself. trainer.py tries it before the first step.
+    # A comparison that is longer than a micro-batch has a row to itself. trainer.py tries it before step 1.
     largest = training_row([longest], [longest_kept]) if longest_length > micro_tokens else None
     plan.print_plan(args, ranks, model, n_steps, lr, micro_tokens, [
         f"data: {len(train):,} training comparisons, {len(held_out):,} held out, {len(held_out_sample):,} "
@@ -164,7 +165,7 @@ def main():
         f"tokens; an epoch: {steps_per_epoch:,} steps",
         f"longest comparison: {longest_length:,} tokens, {data.where(longest)}; a comparison cannot be "
         "split, so it has to fit in memory (--max_completions makes it shorter)"],
-        loss, micro_batches(0, rank=0) + ([largest] if largest else []))  # to simulate a step's memory
+        loss, micro_batches(0, rank=0), largest)
     trainer.train(
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit=unit, metric_names=metric_names,
@@ -185,7 +186,7 @@ def check_flags(args):
         raise InputError("--no_eoc and --lm_weight are for preference models, not --objective imitation")
 
 
-def build_model(args, ranks, wants_head):
+def build_model(args, wants_head):
     """(model, tokenizer, meta) from --init, or of --size and --tokenizer, without meta."""
     if args.init:
         model, tokenizer, meta = checkpoint.load(args.init, wants_head, args.seed, lazily=True)
@@ -193,7 +194,7 @@ def build_model(args, ranks, wants_head):
         return model, tokenizer, meta
     text_for_bpe = toy.find_data(args.data, "lm.jsonl") if toy.is_toy(args.data) else ()
     tokenizer = get_tokenizer(args.tokenizer, text_for_bpe)
-    return plan.fresh_model(args, tokenizer, args.ctx or 1024, ranks, wants_head), tokenizer, None
+    return plan.fresh_model(args, tokenizer, args.ctx or 1024, wants_head), tokenizer, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,8 @@ def reward_loss(rewards, row, objective):
         is_good = row.scores > 0
         right = (rewards > 0) == is_good
         return binary_loss(rewards, is_good).sum(), len(rewards), {"label_accuracy": right.float().sum()}
-    losses = ranked_loss(rewards.index_select(0, row.better), rewards.index_select(0, row.worse))
+    r_better, r_worse = rewards.index_select(0, row.better), rewards.index_select(0, row.worse)
+    losses = ranked_loss(r_better, r_worse)
     return (row.pair_weight * losses).sum(), len(row.examples), {"accuracy": pairs_right(rewards, row)}
 
 

@@ -107,14 +107,15 @@ def add_model_flags(parser):
 def load_subject(args, load=checkpoint.load):
     """The Subject that the flags of add_model_flags name, for reading only. load: checkpoint.load_lm where
     only a language model will do. Raises InputError if the prompt leaves no room in the context."""
-    device = start(args.device).device
+    ranks = start(args.device)
+    device = ranks.device
     model, tokenizer, meta = load(args.model)
     model.to(device).freeze(pick_dtype(args.dtype, device))
     if getattr(args, "chat", False):
         tokenizer.use_chat()
     ctx = plan.set_ctx(model, getattr(args, "ctx", None) or model.config.ctx)
     prompt, prefix = read_prompt(model, tokenizer, ctx, args.prompt, args.prompt_tokens)
-    micro_tokens = plan.micro_tokens(args, model, device)
+    micro_tokens = plan.micro_tokens(args, model, ranks)
     return Subject(args.model, model, tokenizer, meta, prompt, prefix, micro_tokens)
 
 

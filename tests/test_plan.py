@@ -6,13 +6,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run_ranks, run_refused, run_well, slow
+from conftest import (ROOT, make_model, rankable_comparisons, run_ranks, run_refused, run_well, slow,
+                      write_jsonl)
 from peaks import compared
 
 import plan
 from claims import paper
 from data.packing import Layout
 from model import GPT, SIZES, Config
+from ranks import Ranks, device_memory
 from simulation import fake_ranks, one_step, simulate
 from train_lm import window_loss
 
@@ -122,9 +124,46 @@ def test_the_default_micro_batch_shrinks_with_the_model(monkeypatch):
 
     def default(size, recompute=False):
         args = argparse.Namespace(micro_tokens=None, recompute=recompute)
-        return plan.micro_tokens(args, meta_model(size), torch.device("cpu"))
+        return plan.micro_tokens(args, meta_model(size), Ranks(0, 1, torch.device("cpu")))
     small, large, recomputed = default("0.8m"), default("197m"), default("197m", recompute=True)
     assert 256 < large < recomputed <= small == 8192
+
+
+def test_ranks_with_different_memory_come_to_one_answer(monkeypatch):
+    """They share the rows of an evaluation, and a model."""
+    little, much = 800 * MIB, 80 * 2**30
+
+    class Two(Ranks):
+        def smallest(self, n):
+            return min(n, little)  # what the other rank has
+    model, answers = meta_model("42m"), []
+    for have in (little, much):
+        args = argparse.Namespace(micro_tokens=None, shard="auto")
+        monkeypatch.setattr(plan, "device_memory", lambda device: have)
+        ranks = Two(0, 2, torch.device("cpu"))
+        plan.fit_shard(args, ranks, model)
+        answers.append((args.shard, plan.micro_tokens(args, model, ranks)))
+    assert answers[0] == answers[1] and answers[0][0] == 2
+
+
+def test_ranks_share_the_memory_of_their_cpu(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = device_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_memory(torch.device("cpu")) == alone // 4
+
+
+def test_one_long_comparison_does_not_make_every_step_long(lm, tmp_path):
+    """The time is that of usual steps, the memory that of the longest comparison."""
+    def planned(name, more):
+        path = write_jsonl(tmp_path / name, rankable_comparisons(40) + more)
+        out = run_well("train_pm.py", "--init", lm, "--data", path, "--batch", 4, "--steps", 1, "--ctx", 4096,
+                       "--micro_tokens", 512, "--held_out", 0, "--out", tmp_path / f"{name}.out")
+        memory, tokens = re.search(r"memory: about (\S+) GiB a rank for ([\d,]+) tokens", out).groups()
+        return float(memory), int(tokens.replace(",", "")), re.search(r"and (\S+) in all", out)[1]
+    long = {"context": "x" * 3000, "completions": ["a", "b"], "scores": [1, 0]}
+    (memory, tokens, time), (more_memory, more_tokens, same_time) = planned("short", []), planned("long", [long])
+    assert more_memory > memory and more_tokens > 3000 > tokens and same_time == time
 
 
 def test_a_model_that_cannot_fit_is_refused(text_file, tmp_path):
