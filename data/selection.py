@@ -22,7 +22,7 @@ def add_flags(parser):
     add("--weights", nargs="+", type=positive(float), metavar="W",
         help="mix: the share of each of --data in an epoch of the usual length, instead of --sizes")
     add("--held_out", type=float, default=0.1,
-        help="part of the groups that is held out for evaluation, 0 to 1 (default: %(default)s)")
+        help="part of the groups that is held out for evaluation, from 0 to below 1 (default: %(default)s)")
     add("--pairs_per_group", choices=("all", "1"), default="all",
         help="pairs taken from a comparison of several completions: all of them, weighted so that each "
         "comparison counts once, or one at random each epoch (default: all)")
@@ -130,8 +130,9 @@ def completions_to_keep(scores, args, epoch, example):
     if args.max_completions and len(scores) > args.max_completions:
         order = np.random.default_rng([args.seed, 3, int(example)]).permutation(len(scores))
         keep = order[:args.max_completions]
-        if len(set(scores[keep])) == 1:  # nothing to compare: the last one makes room for one that differs
-            keep = np.append(keep[:-1], [i for i in order if scores[i] != scores[keep[0]]][:1])
+        different = [i for i in order if scores[i] != scores[keep[0]]]
+        if different and len(set(scores[keep])) == 1:  # nothing to compare: the last one makes room for another
+            keep[-1] = different[0]
         return sorted(keep.tolist())
     return None
 

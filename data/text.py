@@ -16,7 +16,7 @@ from data.files import PACKED, build_once, content_key, decode, parse_json, read
 
 EOT, EOC = "<eot>", "<eoc>"  # ends a document; ends a completion (the paper's end-of-context token)
 PIECE = 2**20  # characters: a .txt file is one document of any size, and is read in pieces of about this size
-VERSION = 1  # of the caches below; raise it when their content changes
+VERSION = 2  # of the caches below; raise it when their content changes
 SIDES = ("train", "held_out")
 
 
@@ -26,6 +26,7 @@ class Text:
     tokens: np.ndarray  # (n,) of the tokenizer's dtype, read-only and memory-mapped
     n_docs: int  # whole or in part
     n_bytes: int  # of their text in UTF-8
+    by_document: bool = True  # whole documents are held out; else the end of the stream, as there are too few
 
 
 def find_special(text):
@@ -146,7 +147,8 @@ def _build(folder, files, tokenizer, held_out):
     if not by_document:
         _hold_out_the_end(train, held, held_out, eot.itemsize)
 
-    meta = {side: _count(folder / f"{side}.bin", tokenizer) for side in SIDES}
+    meta = {side: _count(folder / f"{side}.bin", tokenizer) | {"by_document": bool(by_document)}
+            for side in SIDES}
     write_file(folder / "meta.json", json.dumps(meta))
     n_docs, n_bytes = (sum(meta[side][key] for side in SIDES) for key in ("n_docs", "n_bytes"))
     n_held = held.stat().st_size // eot.itemsize

@@ -24,7 +24,8 @@ import sampling
 from data.prompts import STOPS
 from data.text import EOC
 from evals import votes
-from evals.subject import reward_function
+from evals.subject import load_subject, reward_function
+from web.replies import Writer
 from web.server import BURST
 from web.store import Store
 
@@ -106,6 +107,20 @@ def test_replies_are_what_the_models_sample_from_the_stored_seed(lm, models, tmp
                 [torch.Generator().manual_seed(2 * stored["seed"] + side)]):
             pass
         assert text == sample.text[:sample.n_settled].rstrip()
+
+
+def test_a_judge_that_fails_ends_the_pair_in_words(lm):
+    """The page does not wait for ever, and others get their turn."""
+    def store(pair, texts):
+        raise RuntimeError("the judge is out of memory")
+    flags = Namespace(model=lm, device="cpu", dtype="fp32", micro_tokens=None, prompt=None, prompt_tokens=None)
+    writer = Writer({"plain": load_subject(flags)}, store, 4, 1.0, 0.95)
+    pair = {"pair_id": "1", "left_model": "plain", "right_model": "plain", "seed": 1,
+            "context": "\n\nHuman: Hello\n\nAssistant:"}
+    writing = writer.begin(pair)
+    assert list(writer.follow(writing, [0, 0])) and writing.finished
+    assert "could not be stored (the judge is out of memory)" in writing.failure and not writer.under_way
+    writer.close()
 
 
 def test_what_is_sent_twice_counts_once(scripted, rater):

@@ -126,6 +126,8 @@ def test_at_most_so_many_completions_are_laid_out():
     assert kept == selection.completions_to_keep(scores, args, 7, 5)  # the same in each epoch
     assert kept != selection.completions_to_keep(scores, flags(max_completions=4, seed=4), 0, 5)
     assert selection.completions_to_keep(scores[:4], args, 0, 5) is None
+    for equal in (np.ones(10), np.zeros(10)):  # for --objective binary
+        assert len(selection.completions_to_keep(equal, flags(max_completions=4, objective="binary"), 0, 5)) == 4
     one_is_better = np.array([0.0] * 50 + [1.0])
     for example in range(20):  # something is left to compare
         kept = selection.completions_to_keep(one_is_better, args, 0, example)

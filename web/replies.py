@@ -1,6 +1,5 @@
 """Writing the replies of pairs: each model has a queue and a thread, and pages follow what is written."""
 import re
-import sqlite3
 import threading
 import time
 import traceback
@@ -57,7 +56,7 @@ class Queue:
 
 class Writer:
     """Writes pairs by the models `subjects`, {name: Subject}. When both replies are there it calls
-    store(pair, texts), which may raise sqlite3.Error."""
+    store(pair, texts), which may fail."""
 
     def __init__(self, subjects, store, max_new, temperature, top_p):
         self.subjects, self.store, self.temperature, self.top_p = subjects, store, temperature, top_p
@@ -111,7 +110,8 @@ class Writer:
         try:
             if not writing.failure:
                 self.store(writing.pair, [text.rstrip() for text in writing.texts])
-        except sqlite3.Error as error:
+        except Exception as error:  # the disk is full, or the preference model that judges fails
+            traceback.print_exc()
             writing.update(failure=f"The replies could not be stored ({error}). Try again.")
         with self.lock:
             del self.under_way[writing.pair["pair_id"]]
