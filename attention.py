@@ -308,7 +308,8 @@ def varlen_table(layout, only_ends, device):
         places.append(keys)
         query_ends.append(query_ends[-1] + (1 if only_ends else layout.lengths[segment]))
         key_ends.append(key_ends[-1] + len(keys))
-    longest_query, longest_keys = (max(b - a for a, b in zip(ends, ends[1:])) for ends in (query_ends, key_ends))
+    longest_query, longest_keys = (max(b - a for a, b in zip(ends, ends[1:]))
+                                   for ends in (query_ends, key_ends))
     tensors = [torch.cat(places), *(torch.tensor(x, dtype=torch.int32) for x in (query_ends, key_ends))]
     if device.type == "cuda":
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]

@@ -224,14 +224,15 @@ def best_of_k(args):
 
 
 def ratings(args):
-    """Elo ratings of models from A/B games, by maximum likelihood, leaving out ties, with bootstrap intervals
-    (Section 2). A preference model that judges makes a game of each context that two players continued: A
-    wins with P(A > B) = sigmoid(r_A - r_B), so that one unit of reward is 400 / ln 10 = 174 Elo."""
+    """Elo ratings of models from A/B games, by maximum likelihood; ties are left out. The intervals are by
+    bootstrap (Section 2). A preference model that judges makes a game of each context that two players
+    continued: A wins with P(A > B) = sigmoid(r_A - r_B), so that one unit of reward is 400 / ln 10 = 174 Elo.
+    """
     contexts = None
-    if args.games and not args.judge:
-        games = elo.read_games(args.games)
-    elif args.games or not args.judge or not args.samples:
+    if bool(args.games) == bool(args.judge) or (args.judge and not args.samples):
         raise InputError("give either --games FILE, or --judge DIR with --samples FILE FILE …")
+    if args.games:
+        games = elo.read_games(args.games)
     else:
         names = args.names or [Path(path).name.split(".jsonl")[0] for path in args.samples]
         if len(names) < 2 or not len(set(names)) == len(names) == len(args.samples):

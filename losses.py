@@ -8,7 +8,7 @@ import torch
 
 
 def cross_entropy(hidden, unembedding, targets, weight=None):
-    """-log p(target) of each row, in nats: targets (N,); the rest and what is returned as of linear_loss.
+    """-log p(target) of each row, in nats: targets (N,). For all else see linear_loss.
 
     The gradient by the logits is the softmax p, minus 1 at the target. The softmax has the logits' precision.
     The losses are computed in fp32, and so is p - 1 at the target, as expm1(-loss): where p is near 1, bf16
@@ -16,7 +16,7 @@ def cross_entropy(hidden, unembedding, targets, weight=None):
     """
     def row_loss(logits, rows, need_gradient):
         target = targets[rows, None]
-        parts = logits.split(rows_in_cache(logits.device, logits.shape[1]))
+        parts = logits.split(rows_at_a_time(logits.device, logits.shape[1]))
         log_sum = torch.cat([at_least_fp32(part).logsumexp(-1, keepdim=True) for part in parts])
         loss = log_sum - logits.gather(1, target)
         if not need_gradient:
@@ -56,7 +56,7 @@ class _LinearLoss(torch.autograd.Function):
         losses = torch.empty_like(weight)
         d_hidden = torch.empty_like(hidden) if need_gradient else None
         d_matrix = torch.zeros_like(unembedding) if need_gradient else None
-        chunk = max(1024, rows_in_cache(hidden.device, len(matrix)))
+        chunk = max(1024, rows_at_a_time(hidden.device, len(matrix)))
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(matrix))  # for every chunk's logits
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -78,8 +78,8 @@ class _LinearLoss(torch.autograd.Function):
         return d_hidden * d_loss, d_matrix * d_loss, None, None
 
 
-def rows_in_cache(device, vocab_size):
-    """How many rows of logits to hold at a time: as many as stay in a CPU's cache, or 256 MiB on a GPU."""
+def rows_at_a_time(device, vocab_size):
+    """How many rows of logits to work on at a time: as many as stay in a CPU's cache, or 256 MiB on a GPU."""
     return max(1, (2**22 if device.type == "cpu" else 2**27) // vocab_size)
 
 

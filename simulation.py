@@ -1,9 +1,10 @@
 """A simulated step of training: the memory that a rank needs, by part, what it computes and what it sends.
 
-The model, its loss and, where ranks share it, torch's FSDP are the real ones. But their tensors have a shape and
-no memory: they are on torch's device "meta". FSDP needs a CPU's, so there they are torch's FakeTensors, which take
-four times as long, and the other ranks are not there (its "fake" process group). `Meter` sees every operation, but
-not what one needs inside, or what the allocator keeps: docs/results.md compares.
+The model, its loss and, where ranks share it, torch's FSDP are the real ones. But their tensors have a shape
+and no memory: they are on torch's device "meta". FSDP does not take such tensors, so for it they are torch's
+FakeTensors on a CPU, which take four times as long, and its other ranks exist in name only (torch's "fake"
+process group). `Meter` sees every operation, but neither the temporary memory inside one nor what the allocator
+keeps: docs/results.md compares the two.
 """
 import contextlib
 import copy
@@ -196,19 +197,19 @@ def on_device(name, model, meter):
         return FlashAttention.apply(q, k.index_select(0, places), v.index_select(0, places), n_pairs, meter)
     if name == "cuda":
         model.attend = attend
-    rows_in_cache = losses.rows_in_cache
-    losses.rows_in_cache = lambda _, vocab_size: rows_in_cache(torch.device(name), vocab_size)
+    rows_at_a_time = losses.rows_at_a_time
+    losses.rows_at_a_time = lambda _, vocab_size: rows_at_a_time(torch.device(name), vocab_size)
     try:
         yield
     finally:
-        losses.rows_in_cache = rows_in_cache
+        losses.rows_at_a_time = rows_at_a_time
 
 
 @contextlib.contextmanager
 def fake_ranks(n):
     """A mesh of n ranks that send nothing. Where real ranks run, the first n of them get it, others None."""
     import torch.distributed._tools.fake_collectives  # noqa: F401: older versions of torch need it
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes "fake" known to torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # its import makes "fake" known to torch
     is_alone = not dist.is_initialized()
     if is_alone:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)

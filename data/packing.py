@@ -145,18 +145,23 @@ class RowFormat:
     ctx: the most tokens that a context and one completion may take together.
     tokenizer: its special tokens `eot` and `eoc` are used.
     eoc: end each completion with <eoc>, where its reward is read. Otherwise it is read at the last token.
-    control: token ids of control texts. Every completion is laid out once behind each of them: for binarised
-        training behind GOOD and behind BAD, by default once, behind an empty one.
+    control: token ids of the control texts GOOD and BAD, for binarised training (Section 4.3): each
+        completion is then laid out twice, once behind each. None: once, as it is.
     """
     ctx: int
     tokenizer: object
     eoc: bool = True
-    control: tuple = ((),)
+    control: tuple | None = None
+
+    @property
+    def beginnings(self):
+        """What stands before the copies of a completion: the control texts, or nothing before a single copy."""
+        return self.control or ((),)
 
     @property
     def comparison_room(self):
         """Tokens of ctx that the longest control text leaves."""
-        return self.ctx - max(map(len, self.control))
+        return self.ctx - max(map(len, self.beginnings))
 
     def context_room(self, longest):
         """How many tokens of context fit, if a comparison's longest completion has `longest` tokens.
@@ -252,13 +257,13 @@ class Row(TensorBatch):
 def packed_lengths(data, examples, row_format, kept=None):
     """How many tokens make_row takes for each of these examples: a list of numbers. kept: as for make_row."""
     totals = []
-    for i, example in enumerate(examples):
+    for example, keep in zip(examples, kept or [None] * len(examples)):
         lengths = data.lengths(example).tolist()
-        keep = range(len(lengths) - 1) if kept is None or kept[i] is None else kept[i]
+        keep = range(len(lengths) - 1) if keep is None else keep
         total = max(1, min(lengths[0], row_format.context_room(max(lengths[1:]))))  # <eot> if it is empty
         for k in keep:
-            for control in row_format.control:
-                length = len(control) + lengths[1 + k]
+            for beginning in row_format.beginnings:
+                length = len(beginning) + lengths[1 + k]
                 total += length + len(row_format.end_of(length))
         totals.append(total)
     return totals
@@ -272,7 +277,7 @@ def whole_lengths(data, row_format):
     n_completions = np.diff(data.first) - 1
     in_completions = np.add.reduceat(sizes, contexts) - sizes[contexts]  # all of a comparison but its context
     in_context = np.clip(sizes[contexts], 1, row_format.context_room(data.longest()))
-    n_copies, in_controls = len(row_format.control), sum(map(len, row_format.control))
+    n_copies, in_controls = len(row_format.beginnings), sum(map(len, row_format.beginnings))
     ends = n_copies * n_completions if row_format.eoc else 0
     return in_context + n_copies * in_completions + in_controls * n_completions + ends
 
@@ -290,11 +295,11 @@ def make_row(data, examples, row_format, kept=None, predict=None):
     segments, parents = [], []  # token ids of each segment, and the number of its context
     owner, scores, best = [], [], []  # of completions
     row_pairs = []  # of comparisons
-    for c, example in enumerate(examples):
+    for c, (example, keep) in enumerate(zip(examples, kept or [None] * len(examples))):
         context, *completions = data.segments(example)
-        keep = range(len(completions)) if kept is None or kept[c] is None else kept[c]
+        keep = range(len(completions)) if keep is None else keep
         kept_scores = data.scores(example)[list(keep)]
-        row_pairs.append(_pairs_in_row(kept_scores, len(owner), is_binarised=len(row_format.control) == 2))
+        row_pairs.append(_pairs_in_row(kept_scores, len(owner), is_binarised=row_format.control is not None))
 
         room = row_format.context_room(max(map(len, completions)))
         context = context[max(0, len(context) - room):] if len(context) else [row_format.tokenizer.eot]
@@ -302,9 +307,9 @@ def make_row(data, examples, row_format, kept=None, predict=None):
         segments.append(context)
         parents.append(parent)
         for i, k in enumerate(keep):
-            for n_copy, control in enumerate(row_format.control):
-                end = row_format.end_of(len(control) + len(completions[k]))
-                segments.append(np.concatenate([control, completions[k], end]))
+            for n_copy, beginning in enumerate(row_format.beginnings):
+                end = row_format.end_of(len(beginning) + len(completions[k]))
+                segments.append(np.concatenate([beginning, completions[k], end]))
                 parents.append(parent)
                 owner.append(c)
                 scores.append(kept_scores[i])

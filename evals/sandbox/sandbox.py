@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.errors import InputError
 
 JAIL = Path(__file__).with_name("jail.py")
-# Without the first one the C library reserves 64 MB for each thread, and a few threads meet the limit on memory.
+# Without the first one the C library reserves 64 MB for each thread, so a few threads meet the limit on memory.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
                "PATH": "/usr/bin:/bin"}
 NEEDS = ("the sandbox for programs needs Linux that lets you make namespaces (sysctl "
