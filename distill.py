@@ -1,4 +1,4 @@
-"""Context distillation: train a model without a prompt to be what it is behind one (Section 2.3 of the
+"""Context distillation: train a model without a prompt to be what it is behind one (Section 2 of the
 paper).
 
   python distill.py --init out/lm --out out/distilled                  the toy world and its prompt

@@ -218,7 +218,7 @@ def sample(args):
 
 def best_of_k(args):
     """accuracy@k: how often the best-scored of k samples of a problem is right, by the paper's unbiased
-    estimator (Section 3.3), for rewards or a language model's mean log-prob, beside chance and the best
+    estimator (Section 3), for rewards or a language model's mean log-prob, beside chance and the best
     possible."""
     return rerank.accuracy_by_k(args, load_subject(args))
 

@@ -15,7 +15,7 @@ Objectives:
              L = log(1 + exp(-r)) if good, log(1 + exp(r)) if not
   imitation  cross-entropy of the best completion; no value head; scored by mean log-prob per token
 
---binarise (Section 4.3) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and
+--binarise (Section 4) turns each ranked pair A > B into two independent pairs, GOOD:A > BAD:A and
 BAD:B > GOOD:B. GOOD and BAD are control texts, set before the completion. A pair compares the two control
 texts of one completion, so the model learns which of them suits it. It learns to rank completions only when
 it is finetuned on ranked pairs without control texts. Before that, its rewards for completions without a
@@ -42,8 +42,8 @@ from evals import pm
 from model import SIZES
 from ranks import pick_dtype, start
 
-# For each stage what the paper does (Section 4): the learning rate as a multiple of the language model's, the
-# comparisons in a step, the weight of the LM loss. For pmp the paper gives no batch; 512 is our choice.
+# For each stage: the learning rate as a multiple of the language model's, the comparisons in a step, the weight
+# of the LM loss. As in Section 4 of the paper, which gives neither batch nor weight for pmp: these are ours.
 STAGES = {"pmp": (0.1, 512, 1.0), "finetune": (0.01, 32, 0.0)}
 CONTROL = (" GOOD:", " BAD:")  # as text, so that any tokenizer has them
 EVAL_COMPARISONS = 4096  # an evaluation during training reads at most so many; evaluate.py reads all
@@ -70,8 +70,9 @@ def parse_args():
     add("--objective", choices=("ranked", "binary", "imitation"), default="ranked",
         help="see above (default: ranked)")
     add("--stage", choices=STAGES, default="finetune",
-        help="takes the learning rate (as a multiple of the language model's), the batch and the weight of "
-        "the LM loss from the paper: pmp 0.1, 512 and 1; finetune 0.01, 32 and 0 (default: finetune)")
+        help="decides the learning rate (as a multiple of the language model's), the batch and the weight of "
+        "the LM loss: pmp 0.1, 512 and 1; finetune 0.01, 32 and 0 (the rates and the 32 are the paper's, the "
+        "512 and the 1 are ours; default: finetune)")
     add("--binarise", action="store_true",
         help="turn ranked pairs into independent ones with control texts, see above")
     add("--chat", action="store_true",
@@ -202,7 +203,7 @@ def build_model(args, wants_head):
 
 
 def ranked_loss(r_better, r_worse):
-    """log(1 + exp(r_worse - r_better)) of each pair, in nats: (P,), (P,) -> (P,) (Section 2.1).
+    """log(1 + exp(r_worse - r_better)) of each pair, in nats: (P,), (P,) -> (P,) (Section 3).
 
     It is -log P(better > worse), where P(better > worse) = sigmoid(r_better - r_worse).
     """

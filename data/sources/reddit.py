@@ -1,4 +1,4 @@
-"""Reddit: replies to the same post or comment, ranked by their votes (Section 6 of the paper).
+"""Reddit: replies to the same post or comment, ranked by their votes (Section 4 of the paper).
 
 Reads Pushshift's dumps: one JSON object a line, submissions (RS_…) and comments (RC_…), in any number of
 files and in any order. The comparisons and their order do not depend on it, except that of a repeated

@@ -1,4 +1,4 @@
-"""Stack Exchange: the answers to a question, ranked by their votes (Section 6 of the paper).
+"""Stack Exchange: the answers to a question, ranked by their votes (Section 4 of the paper).
 
 Reads Posts.xml of the public dumps, one <row …/> a line, site by site: plain, .7z (needs py7zr), .xz, .bz2,
 .gz or .zst. The answers to a question lie anywhere in the file, so all posts are first brought together on
@@ -220,7 +220,7 @@ def _answers(question, posts, dialogue):
 
 
 def score_of(votes, accepted):
-    """The paper's score of an answer (Section 6): log2(1 + upvotes), rounded; plus 1 if it was accepted,
+    """The paper's score of an answer (Section 4): log2(1 + upvotes), rounded; plus 1 if it was accepted,
     minus 1 if its votes are negative. A dump has only the difference of upvotes and downvotes, so `votes` is
     this difference, and where it is positive it takes the place of the upvotes."""
     return round(math.log2(1 + max(votes, 0))) + accepted - (votes < 0)

@@ -1,4 +1,4 @@
-"""Wikipedia: edits that were reverted, against the text that was restored (Section 6 of the paper).
+"""Wikipedia: edits that were reverted, against the text that was restored (Section 4 of the paper).
 
 Reads MediaWiki's XML exports with the full history (pages-meta-history): .bz2, .7z (needs py7zr), plain, or
 compressed otherwise.

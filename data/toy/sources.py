@@ -1,4 +1,4 @@
-"""The paper's three public sources of preferences (Section 6) as the toy world has them, so that the whole
+"""The paper's three public sources of preferences (Section 4) as the toy world has them, so that the whole
 chain of language model, preference-model pre-training and finetuning runs without a download.
 
 `write_sources` writes files of the same form as the published dumps, and the same readers read both:

@@ -1,4 +1,4 @@
-"""Synthetic comparisons with a known order, for a question of the paper (Section 7 and its appendix): which
+"""Synthetic comparisons with a known order, for a question of the paper (its appendix): which
 pre-training of a preference model, ranked or binarised, transfers better to finetuning by the same order of
 qualities, by the reversed one, or by a shuffled one?
 
