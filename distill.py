@@ -212,14 +212,13 @@ def make_sequences(args, text_files, dialogue_files, tokenizer, ctx, ranks):
 
 
 def split(sequences):
-    """(numbers of the held-out sequences, a 32nd of all; those of the others). A sequence that comes more than
-    once is always on one side: which one, a hash of its tokens decides."""
-    hashes = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in sequences]
-    order = np.argsort(hashes, kind="stable")  # equal ones stand next to each other
+    """(numbers of the held-out sequences, numbers of those to train on): the first 32nd, and all others. A
+    sequence that is trained on as well, as the data is short and it comes more than once, is not evaluated."""
     n_held_out = max(1, len(sequences) // 32)
-    while n_held_out < len(order) - 1 and hashes[order[n_held_out]] == hashes[order[n_held_out - 1]]:
-        n_held_out += 1
-    return np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
+    train = np.arange(n_held_out, len(sequences))
+    seen = {sequences[i].tobytes() for i in train}
+    unseen = [i for i in range(n_held_out) if sequences[i].tobytes() not in seen]
+    return np.array(unseen or range(n_held_out)), train
 
 
 def text_pieces(text, tokenizer, ctx, seed):

@@ -271,13 +271,12 @@ def test_pieces_of_long_and_short_documents_begin_at_every_kind_of_sentence(lm):
     assert beginnings == {"\n\nHuman: One he", "\n\nHuman: Two th", "\n\nHuman: Three "}
 
 
-def test_a_sequence_that_comes_more_than_once_is_on_one_side():
-    sequences = [np.array([i % 50, 7]) for i in range(400)]
+def test_a_sequence_that_is_trained_on_is_not_evaluated():
+    sequences = [np.array([i % 390, 7]) for i in range(400)]  # ten of them come twice
     held_out, train = distill.split(sequences)
-    assert sorted([*held_out, *train]) == list(range(400)) and 400 // 32 <= len(held_out) <= 20
-    assert not {sequences[i][0] for i in held_out} & {sequences[i][0] for i in train}
-    held_out, train = distill.split([np.array([7])] * 64)  # the same text alone: each side has some
-    assert len(held_out) and len(train)
+    assert held_out.tolist() == [10, 11] and train.tolist() == list(range(12, 400))
+    held_out, train = distill.split([np.array([7])] * 64)  # there is nothing else
+    assert held_out.tolist() == [0, 1] and len(train) == 62
 
 
 def test_sequences_have_the_tokens_of_the_whole_string(tmp_path):
