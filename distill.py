@@ -103,7 +103,8 @@ def main():
     micro_tokens = plan.micro_tokens(args, model, ranks)
     stored = None
     if not args.online:
-        stored = store_teacher(teacher, teacher_folder, prefix, prompt, sequences, micro_tokens, ranks)
+        stored = store_teacher(teacher, teacher_folder, prefix, prompt, sequences, model.config.vocab_size,
+                               micro_tokens, ranks)
 
     held_out, train = split(sequences)
     lm_lr = meta.get("lm_lr") or plan.lm_rate(model.config.d_model)
@@ -166,7 +167,8 @@ def main():
         evaluate=evaluate, where=where, unit="tokens", resumed_from=resumed[2] if resumed else None,
         meta={"kind": "lm", "objective": "distillation", "lm_lr": lm_lr, "prompt": prompt_name,
               "kl_before": kl_before, "data": content_key(text_files + dialogue_files),
-              "trained_on": trainer.trained_on(meta, text_files + dialogue_files, HELD_OUT)})
+              "trained_on": trainer.trained_on({"trained_on": trainer.trained_on(meta, text_files, HELD_OUT)},
+                                               dialogue_files, HELD_OUT)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ class SequenceRow(TensorBatch):
 # The teacher
 
 
-def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, ranks):
+def store_teacher(teacher, folder, prefix, prompt, sequences, n_rows, micro_tokens, ranks):
     """Compute the teacher's distributions once, or find them in the cache.
 
     Returns a function: number of a sequence of t tokens -> (ids (t, 50), log-probs (t, 51)). They take 202 or
@@ -290,7 +292,7 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
     files = checkpoint.content_files(folder)
     lengths = [len(x) for x in sequences]
-    key = content_key(files, prompt, str(teacher.dtype), tokens, lengths, TOP, SHARD)
+    key = content_key(files, prompt, str(teacher.dtype), tokens, lengths, n_rows, TOP, SHARD)
     shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
     first_shard = ranks.rank * len(shards) // ranks.world
     folders = {}
@@ -301,7 +303,7 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
             part = [sequences[j] for j in shards[number]]
             folders[number] = build_once(
                 f"teacher-{key}/{number}",
-                lambda place: _store(place, teacher, prefix, part, micro_tokens, id_type, ranks.device))
+                lambda place: _store(place, teacher, prefix, part, n_rows, micro_tokens, id_type, ranks.device))
             progress.update(len(part))
     size = sum(file.stat().st_size for place in folders.values() for file in place.iterdir())
     ranks.say(f"teacher's cache: {folders[0].parent}, {size / 1e6:.1f} MB, {size / sum(lengths):.0f} bytes "
@@ -320,13 +322,13 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, micro_tokens, rank
 
 
 @torch.no_grad()
-def _store(place, teacher, prefix, sequences, micro_tokens, id_type, device):
+def _store(place, teacher, prefix, sequences, n_rows, micro_tokens, id_type, device):
     """Write the teacher's distributions of some sequences into a folder, in their order."""
     distributions = [None] * len(sequences)
     for numbers in pack([len(x) for x in sequences], micro_tokens):
         row = SequenceRow(numbers, sequences).to(device)
         hidden = teacher(row.tokens, row.layout, prefix)
-        classes = [top_classes(teacher.logits(part)) for part in hidden.split(1024)]
+        classes = [top_classes(fitted(teacher.logits(part), n_rows)) for part in hidden.split(1024)]
         ids, log_p = (torch.cat(x).cpu() for x in zip(*classes))
         sizes = [len(sequences[i]) for i in numbers]
         for i, *distribution in zip(numbers, ids.split(sizes), log_p.split(sizes)):
@@ -368,11 +370,14 @@ def full_kl(model, hidden, teacher, teacher_hidden):
     """KL over the whole vocabulary, in nats, of the student's and the teacher's final hidden states (N, d).
     Returns (sum, losses (N,))."""
     def row_loss(logits, rows, need_gradient):
-        teacher_logits = teacher.logits(teacher_hidden[rows])
-        # Tables of models that share a tokenizer may differ in how many rows behind its ids they have to spare.
-        n_more = logits.shape[1] - teacher_logits.shape[1]
-        return full_kl_of(logits, F.pad(teacher_logits, (0, n_more), value=-1e9))
+        return full_kl_of(logits, fitted(teacher.logits(teacher_hidden[rows]), logits.shape[1]))
     return linear_loss(hidden.to(model.dtype), model.unembedding, row_loss)
+
+
+def fitted(logits, n_rows):
+    """A teacher's logits (N, V) for a student's table of n_rows. Tables of models that share a tokenizer may
+    differ in how many rows behind its ids they have to spare."""
+    return F.pad(logits, (0, n_rows - logits.shape[1]), value=-1e9)
 
 
 def top_kl_of(logits, ids, log_p):

@@ -187,7 +187,7 @@ def fit_shard(args, ranks, model):
     if need > have:
         jobs = processes_per_device()
         each, fewer = (f" for each of {jobs} runs", "lab.py fewer --jobs, ") if jobs > 1 else ("", "")
-        raise InputError(f"weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and this "
+        raise InputError(f"weights, gradients and optimizer take {need / 2**30:,.0f} GiB, and a rank on this "
                          f"{ranks.device.type} has {have / 2**30:,.0f}{each}; give {fewer}a smaller --size, or "
                          "more ranks and --shard auto")
 
@@ -221,18 +221,22 @@ def fresh_model(args, tokenizer, ctx, value_head=False):
 def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batches, largest=None):
     """Say what is about to happen: flags, model, data (`lines`), steps, memory, time, and where output goes.
 
-    loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU, which
-    tell the time. `largest`, or else the one of them with most tokens, is simulated and tells the memory."""
+    loss(model, batch) is that of trainer.train. batches: a rank's micro-batches of a step, on the CPU. The one
+    with most tokens is simulated, and tells the time; it also tells the memory, unless a `largest` one does."""
     if not ranks.main() and args.shard == 1:  # ranks that share a model simulate a step together
         return
     sizes = [batch[:, 1:].numel() if torch.is_tensor(batch) else batch.tokens.numel() for batch in batches]
-    largest = largest or batches[sizes.index(max(sizes))]
-    most = max(sizes) if torch.is_tensor(largest) else largest.tokens.numel()
+    most = max(sizes)
+
+    def simulated(batch):
+        return simulate(model, loss, batch, args.recompute, ranks.device.type != "cpu", args.shard,
+                        holds_gradients=len(batches) > 1, buckets=ranks.world > 1 and args.shard == 1)
     try:
-        step = simulate(model, loss, largest, args.recompute, ranks.device.type != "cpu",
-                        args.shard, holds_gradients=len(batches) > 1,
-                        buckets=ranks.world > 1 and args.shard == 1)
-        estimate = estimated(step, most, sum(sizes) * n_steps, ranks) if ranks.main() else ""
+        step = simulated(batches[sizes.index(most)])
+        peak, tokens = (simulated(largest), largest.tokens.numel()) if largest else (step, most)
+        estimate = ""
+        if ranks.main():
+            estimate = memory_line(peak, tokens) + time_line(step, most, sum(sizes) * n_steps, ranks)
     except NotSimulated as error:  # a loss of your own may do so, which is no reason to stop
         reason = str(error).strip().partition("\n")[0]
         estimate = f"memory, time: not known, as a step cannot be simulated ({reason})"
@@ -256,15 +260,20 @@ def print_plan(args, ranks, model, n_steps, lr, micro_tokens, lines, loss, batch
               f"output: {args.out}")
 
 
-def estimated(step, most, tokens, ranks):
-    """A simulated step of `most` tokens, and all steps, in words. tokens: those of a rank in the whole run."""
+def memory_line(step, n_tokens):
+    """The memory of a simulated step of so many tokens, in words."""
     parts = ", ".join(f"{part} {step[part] / 2**30:.3g}" for part in PARTS if step[part])
-    speed = rank_flops(ranks.device)
-    seconds = datetime.timedelta(seconds=round(step["flop"] / most * tokens / speed))
-    return (f"memory: about {memory(step) / 2**30:.3g} GiB a rank for {most:,} tokens, besides Python, torch "
-            f"and the data; simulated: {parts}\n"
-            f"time: {step['flop'] / most / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank "
-            f"(assumption) {ranks.world * speed * most / step['flop']:,.0f} tokens/s and {seconds} in all")
+    return (f"memory: about {memory(step) / 2**30:.3g} GiB a rank for {n_tokens:,} tokens, besides Python, "
+            f"torch and the data; simulated: {parts}\n")
+
+
+def time_line(step, n_tokens, in_all, ranks):
+    """The work of a simulated step of so many tokens, and the time of a run of `in_all` tokens a rank, in
+    words."""
+    flop, speed = step["flop"] / n_tokens, rank_flops(ranks.device)
+    seconds = datetime.timedelta(seconds=round(flop * in_all / speed))
+    return (f"time: {flop / 1e9:.3g} GFLOP a token; at {speed / 1e12:.3g} TFLOP/s a rank (assumption) "
+            f"{ranks.world * speed / flop:,.0f} tokens/s and {seconds} in all")
 
 
 def rank_flops(device):

@@ -32,7 +32,7 @@ class TextSample(TokenSample):
     """
 
     def __init__(self, tokenizer, stops=()):
-        super().__init__(end_ids=(tokenizer.eot, tokenizer.eoc, tokenizer.eos))
+        super().__init__(end_ids=tokenizer.ends)
         self.tokenizer, self.stops, self.text, self.n_settled = tokenizer, stops, "", 0
         self.stop_beginnings = tuple(stop[:n] for stop in stops for n in range(1, len(stop)))
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens

@@ -71,8 +71,8 @@ def main():
     model.dtype = pick_dtype(args.dtype, ranks.device)
     text, held_out = load_text(files, tokenizer, args.held_out)
     if len(held_out.tokens) < 3:  # a token to begin with, one of text, and <eot>
-        raise InputError(f"{files[0]}: the held-out text has {len(held_out.tokens)} tokens; give more text or "
-                         "a larger --held_out")
+        raise InputError(f"{files[0]}: the held-out text is shorter than three tokens; give more text or a "
+                         "larger --held_out")
 
     @functools.lru_cache(maxsize=2)  # of this step's epoch and of the next step's, which is made meanwhile
     def epoch_windows(epoch):  # where its windows begin, shuffled; equally many in each epoch

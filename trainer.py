@@ -35,16 +35,18 @@ from ranks import Parallel, check_compiler, local, place, whole
 RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "recompute", "shard", "eval_every", "save_every",
                      "resume", "out", "data", "dialogue"}  # the content of data files is compared instead
 
-# What a folder holds that another program saved a model or a checkpoint in.
-MODEL_FILES = "config.json", "*.safetensors*", "*.gguf", "*.bin", "*.pth", "step-*"
+# What a run would overwrite or remove in --out, where another program may have written it.
+MODEL_FILES = *checkpoint.FILES, "*.safetensors*", "step-[0-9]*"
 
 
 def trained_on(earlier, files, held_out):
     """What a checkpoint remembers of the files that it and its ancestors were trained on, so that evaluation
     can keep to the held-out groups: a list of {"file", "digest" of the content, "held_out" fraction of the
-    groups}.
+    groups, "data" key of all files that were read together}.
     """
-    entries = [{"file": str(f), "digest": file_digest(f).hex(), "held_out": held_out} for f in files]
+    data = content_key(files)
+    entries = [{"file": str(f), "digest": file_digest(f).hex(), "held_out": held_out, "data": data}
+               for f in files]
     return entries + [entry for entry in (earlier or {}).get("trained_on", []) if entry not in entries]
 
 

@@ -123,5 +123,8 @@ def reward_template(template, end, eoc):
     template: the model's own (--chat), which writes `end` behind the last answer; or PLAIN, with "", for
     dialogues as they stand. eoc: what stands in that place in training, <eoc> or nothing.
     """
-    return ("{% set add_generation_prompt = false %}{% set dialogue +%}" + template.removesuffix("\n")
-            + "{%+ endset %}{{ dialogue.removesuffix(" + json.dumps(end) + ") + " + json.dumps(eoc) + " }}")
+    # In training a template knows no date (strftime_now), as that would differ from day to day.
+    settings = "{% set add_generation_prompt = false %}{% set strftime_now = unknown %}"
+    end, eoc = (json.dumps(text, ensure_ascii=False) for text in (end, eoc))
+    return (settings + "{% set dialogue %}\n" + template.removesuffix("\n")
+            + "{%+ endset %}{{ dialogue.removesuffix(" + end + ") + " + eoc + " }}")

@@ -24,7 +24,7 @@ from data.errors import InputError
 from data.files import build_once, content_key, read_records
 from data.text import refuse_special
 
-VERSION = 3  # of the cached arrays; raise it when they change, so that old caches are not read
+VERSION = 4  # of the cached arrays; raise it when they change, so that old caches are not read
 FORMS = '{"context", "completions", "scores"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}'
 TURN = "\n\nAssistant:"  # of a dialogue
 BATCH = 4096  # comparisons that are tokenised together, and so held in memory
@@ -239,7 +239,8 @@ def _build(folder, files, tokenizer):
                 write("lines", [file_number, line])
                 write("chars", [len(context), *map(len, completions)])
                 write("segment_scores", [0, *scores])
-            texts = (text for _, _, *parts, _, _ in batch for text in tokenizer.parts(*parts))
+            texts = (text for _, _, context, completions, *_ in batch
+                     for text in tokenizer.parts(context, completions))
             for ids in tokenizer.encode_many(texts):
                 out["tokens"].write(np.asarray(ids, tokenizer.dtype).tobytes())
                 offset += len(ids)

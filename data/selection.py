@@ -130,9 +130,10 @@ def completions_to_keep(scores, args, epoch, example):
     if args.max_completions and len(scores) > args.max_completions:
         order = np.random.default_rng([args.seed, 3, int(example)]).permutation(len(scores))
         keep = order[:args.max_completions]
-        different = [i for i in order if scores[i] != scores[keep[0]]]
-        if different and len(set(scores[keep])) == 1:  # nothing to compare: the last one makes room for another
-            keep[-1] = different[0]
+        others = order[scores[order] != scores[keep[0]]]
+        # If there is nothing to compare, the last one makes room for another.
+        if len(others) and len(set(scores[keep])) == 1:
+            keep[-1] = others[0]
         return sorted(keep.tolist())
     return None
 

@@ -41,7 +41,8 @@ class Tokenizer:
 
     n_vocab     ids that exist, special tokens included: one more than the highest
     eot, eoc    the ids that end a document and a completion
-    eos         the id that ends an answer: eot, or for models made for chat the end of a turn
+    eos         the id that ends an answer by the model's settings: eot, or where made for chat that of a turn
+    ends        all ids that end what a model writes: eos, eot, eoc, and that of a turn by its chat template
     vocab_size  n_vocab rounded up to a multiple of 64: rows of a new model's table; no data has ids >= n_vocab
     dtype       np.uint16 if vocab_size allows it, else np.uint32
     key         short hash of the content, equal for equal tokenizers; a part of the names of caches
@@ -67,6 +68,7 @@ class Tokenizer:
         if eot not in specials:
             raise ValueError("no end-of-text token is known")
         self.eot, self.eoc, self.eos = specials[eot], specials[EOC], specials.get(eos, specials[eot])
+        self.ends = list(dict.fromkeys([self.eos, self.eot, self.eoc]))
         self.n_vocab = max(texts) + 1
         if self.n_vocab > 2**24:
             raise ValueError(f"an id of {max(texts)}, far more than there are tokens")
@@ -109,8 +111,8 @@ class Tokenizer:
                                                    "eos_token": self.settings.get("eos_token") or ""})
             self.key = hashlib.sha256((self.key + self.template).encode()).hexdigest()[:16]
             specials = set(added_tokens(self.spec).values())
-            # Some models made for chat name another token in their settings than the one that ends a turn.
-            self.eos = next((i for i in self._template_ids(self.chat.end).tolist() if i in specials), self.eos)
+            turn_end = [i for i in self._template_ids(self.chat.end).tolist() if i in specials][:1]
+            self.ends = list(dict.fromkeys(self.ends + turn_end))
 
     def space_before(self, context):
         """What stands between a context and its completion and is not encoded: in a dialogue the space behind

@@ -29,7 +29,7 @@ def text_loss(files, subject):
                          "held-out part, on others; evaluate them apart")
     held_out = fractions.pop()
     sides = load_text(files, subject.tokenizer, held_out or 0.01)  # if all is scored, any part will do
-    if held_out and not sides[0].by_document and subject.meta["data"] != content_key(files):
+    if held_out and not sides[0].by_document and subject.trained_with(files) != {content_key(files)}:
         raise InputError(f"{files[0]}: with too few documents to hold out whole ones, the end of all text that "
                          "the model was trained on was held out; evaluate on the same files together, or on "
                          "others")
@@ -37,8 +37,9 @@ def text_loss(files, subject):
     print(f"{', '.join(map(str, files))}: {which}")
     stream = np.concatenate([side.tokens for side in (sides[1:] if held_out else sides)])
     ctx = min(subject.ctx, len(stream))
-    if len(stream) < 3:  # a token to begin with, one of text, and <eot>
-        raise InputError(f"{files[0]}: the text to score has {len(stream)} tokens; give more")
+    if ctx < 2 or len(stream) < 3:  # a token to begin with, one of text, and <eot>
+        raise InputError(f"{files[0]}: the text to score has {len(stream)} tokens, in windows of {ctx}; give "
+                         "more")
     n_windows = len(stream) // ctx
     step = math.ceil(n_windows * ctx / MAX_TOKENS)
     windows = stream[:n_windows * ctx].reshape(-1, ctx)[::step]

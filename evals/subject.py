@@ -50,6 +50,12 @@ class Subject:
         parts = [entry["held_out"] for entry in self.meta["trained_on"] if entry["digest"] == digest]
         return min(parts, default=None)
 
+    def trained_with(self, files):
+        """{key of the files that were read together} for each training on one of these files."""
+        digests = {file_digest(path).hex() for path in files}
+        return {entry.get("data", self.meta["data"]) for entry in self.meta["trained_on"]
+                if entry["digest"] in digests}
+
     def unseen(self, data, files, split):
         """Which comparisons to evaluate on, (C,) bool; what is taken of each file is printed.
 

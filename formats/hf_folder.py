@@ -116,9 +116,6 @@ def rotary_settings(hf, path):
 def make_config(config, tokenizer):
     """The content of a config.json: a Config as transformers writes it, in the architecture it came in."""
     name = CLASS_NAMES[config.family]
-    # Where a text that the model writes may end: its turn, a document, or a completion as --objective imitation
-    # teaches it.
-    ends = list(dict.fromkeys([tokenizer.eos, tokenizer.eot, tokenizer.eoc]))
     if config.value_head:
         head = {"architectures": [f"{name}ForSequenceClassification"], "num_labels": 1,
                 "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
@@ -133,7 +130,7 @@ def make_config(config, tokenizer):
         "sliding_window": config.window, "use_sliding_window": config.window is not None,
         "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
-        "eos_token_id": tokenizer.eos if config.value_head else ends,
+        "eos_token_id": tokenizer.eos if config.value_head else tokenizer.ends,
         "pad_token_id": tokenizer.eot, "eoc_token_id": tokenizer.eoc, "torch_dtype": "float32"}
 
 

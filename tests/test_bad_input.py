@@ -87,7 +87,7 @@ BAD_TEXTS = {
     "special token": (TEXTS + b'{"text": "a<eot>"}', 31, "<eot>, a special token"),
     "comparisons": (COMPARISONS, 1, 'no "text"'),
     "less than a window": (b'{"text": "%s"}' % (b"a" * 150), None, "fewer than one window"),
-    "nothing to hold out": (b'{"text": "aaa"}', None, "the held-out text has 1 tokens"),
+    "nothing to hold out": (b'{"text": "aaa"}', None, "the held-out text is shorter than three tokens"),
 }
 
 

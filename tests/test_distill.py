@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (DATA, losses, make_model, make_texts, metrics, read_jsonl, read_meta, run, run_refused, run_well,
-                      write_jsonl)
+from conftest import (DATA, losses, make_model, make_texts, metrics, read_jsonl, read_meta, run, run_refused,
+                      run_well, write_jsonl)
 
 import checkpoint
 import distill
@@ -83,6 +83,13 @@ def test_the_teachers_table_may_have_other_spare_rows(n_rows):
     log_q = student.logits(hidden).log_softmax(-1)
     log_p = teacher.logits(hidden)[:, :n].log_softmax(-1)
     assert kl.item() == pytest.approx((log_p.exp() * (log_p - log_q[:, :n])).sum().item())
+
+
+def test_the_stored_teachers_ids_are_rows_of_the_student():
+    ids, _ = distill.top_classes(distill.fitted(torch.randn(5, 128), 80))
+    assert ids.max() < 80
+    ids, log_p = distill.top_classes(distill.fitted(torch.randn(5, 60), 80))
+    assert ids.max() < 60 and log_p.exp().sum(1).tolist() == pytest.approx([1] * 5)
 
 
 def test_storing_in_half_precision_changes_the_gradient_little():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import (BYTES, LM_FLAGS, PM_FLAGS, alone, evaluate, load, make_comparisons, metrics, read_jsonl, run,
+from conftest import (BYTES, PM_FLAGS, alone, evaluate, load, make_comparisons, metrics, read_jsonl, run,
                       run_refused, run_well, write_jsonl)
 
 import checkpoint
@@ -412,16 +412,22 @@ def test_a_comparison_that_is_longer_than_a_micro_batch_is_scored_in_parts(pm, t
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
 
 
-def test_of_few_documents_the_end_of_all_together_is_held_out(tmp_path):
+def test_of_few_documents_the_end_of_all_together_is_held_out(text_file, tmp_path):
     """So one of several files has no end of its own that no training has seen."""
+    def train(name, *flags):
+        run_well("train_lm.py", *flags, "--batch", 256, "--steps", 1, "--out", tmp_path / name)
+        return tmp_path / name
+
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path in files:
         path.write_text(f"{path.name} tells of a cat that waits by the door. " * 20)
-    run_well("train_lm.py", *LM_FLAGS, "--data", *files, "--ctx", 64, "--steps", 1, "--out", tmp_path / "lm")
-    both = run_well("evaluate.py", "lm", "--model", tmp_path / "lm", "--data", *files)
-    assert "held-out documents only" in both
-    line = run_refused("evaluate.py", "lm", "--model", tmp_path / "lm", "--data", files[0])
-    assert "the end of all text that the model was trained on was held out" in line
+    lm = train("lm", "--size", "test", "--tokenizer", "bytes", "--ctx", 64, "--data", *files)
+    for model in (lm, train("later", "--init", lm, "--data", text_file)):
+        both = run_well("evaluate.py", "lm", "--model", model, "--data", *files)
+        assert "held-out documents only" in both
+    for model, data in ((lm, files[:1]), (train("again", "--init", lm, "--data", files[0]), files)):
+        line = run_refused("evaluate.py", "lm", "--model", model, "--data", *data)
+        assert "the end of all text that the model was trained on was held out" in line
 
 
 @pytest.mark.parametrize("benchmark", ["pm", "hhh", "lm"])

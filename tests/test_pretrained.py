@@ -469,7 +469,8 @@ def test_the_end_of_a_turn_ends_an_answer_whatever_the_settings_say(chat_folder,
     write_tokenizer(chat_folder, specials=("<|im_start|>", "<|im_end|>"), chat_template=CHATML, eos_token=eos)
     tokenizer = checkpoint.load(chat_folder)[1]
     tokenizer.use_chat()
-    assert tokenizer.decode([tokenizer.eos]) == "<|im_end|>" and tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+    assert tokenizer.decode([tokenizer.eos]) == eos and tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+    assert {tokenizer.decode([i]) for i in tokenizer.ends} == {"<|im_end|>", "<|endoftext|>", "<eoc>"}
 
 
 def test_of_several_templates_the_default_is_taken(chat_folder):

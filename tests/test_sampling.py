@@ -164,7 +164,7 @@ def test_a_text_ends_before_its_stop_whatever_the_tokens():
     assert not sample.ended and pieces == ["a", "b"]
     assert sample.add(BYTES.eot) == "" and sample.ended and sample.text == "ab"
     chat_tokenizer = copy.copy(BYTES)
-    chat_tokenizer.eos = ord("!")  # what ends a turn of a model that was made for chat
+    chat_tokenizer.ends = [ord("!")]  # what ends a turn of a model that was made for chat
     sample = TextSample(chat_tokenizer)
     assert sample.add(ord("a")) == "a" and sample.add(ord("!")) == "" and sample.ended
 

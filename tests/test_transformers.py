@@ -111,16 +111,19 @@ def test_a_preference_model_of_any_family_gives_the_same_rewards(tmp_path, start
     assert words("ab").input_ids[-1] == tokenizer.eoc  # a single text gets its <eoc> too
 
 
+PHI = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+       "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}")
+DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}\n" + CHATML
 TALK = "\n\nHuman: Who are you?\n\nAssistant: I.\n\nHuman: And?\n\nAssistant:"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("template", [None, CHATML, LLAMA2])
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA2, PHI, DATED])
 def test_dialogues_of_messages_get_the_same_rewards(tmp_path, template):
     """By apply_chat_template, which servers use too: plain dialogues, or trained by the model's own template."""
     folder = write_folder(make_theirs("SmolLM2"), tmp_path / "theirs")
     write_tokenizer(folder, specials=("<|im_start|>", "<|im_end|>", "<s>"), chat_template=template, bos_token="<s>",
-                    eos_token="<|im_end|>")
+                    eos_token="<|endoftext|>" if template is PHI else "<|im_end|>")
     model, tokenizer, _ = checkpoint.load(folder, True)
     if template:
         tokenizer.use_chat()
