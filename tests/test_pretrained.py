@@ -262,6 +262,17 @@ def test_a_gguf_file_gives_the_logits_of_the_model_that_it_was_made_from(tmp_pat
     assert tokenizer.decode(tokenizer.encode("It's 12 ½!")) == "It's 12 ½!"
 
 
+@pytest.mark.parametrize("name", ["Llama 1", "SmolLM2", "Qwen2"])
+def test_a_gguf_file_gives_the_logits_that_transformers_reads_from_it(tmp_path, monkeypatch, name):
+    """transformers reads it by accelerate, and not every kind: Llama 3's scaling it takes for none."""
+    pytest.importorskip("accelerate")
+    monkeypatch.setitem(SHAPE, "hidden_size", 96)  # rows of whole blocks
+    monkeypatch.setitem(SHAPE, "intermediate_size", 128)
+    path = write_gguf(tmp_path / "model.gguf", make_theirs(name), "Q8_0")
+    compare_all_ways(checkpoint.load(path)[0], transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval())
+
+
 def test_scaling_without_a_kind_is_linear_in_a_gguf_file(tmp_path):
     theirs = make_theirs("Llama 2, linear scaling")
     ours = checkpoint.load(write_gguf(tmp_path / "model.gguf", theirs, rope_scaling_factor=4.0))[0]
