@@ -40,7 +40,7 @@ from losses import at_least_fp32, linear_loss
 from ranks import fill, pick_dtype, start
 
 TOP = 50  # the teacher's likeliest tokens; all others together are the 51st class
-SHARD = 512  # sequences in one folder of the stored teacher: a killed run does at most so many again
+CHUNK = 512  # sequences in one folder of the stored teacher: a killed run does at most so many again
 SHORTEST = 16  # tokens of the shortest piece of text worth a sequence
 HUMAN = "\n\nHuman: "  # stands before a piece of text
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
@@ -286,21 +286,21 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, n_rows, micro_toke
 
     Returns a function: number of a sequence of t tokens -> (ids (t, 50), log-probs (t, 51)). They take 202 or
     302 bytes a token (ids of 2 or 4 bytes, log-probs of 2). The ranks share the work: each begins with
-    another shard, and finds in the cache what others have made.
+    another chunk, and finds in the cache what others have made.
     """
     id_type = np.uint16 if teacher.config.vocab_size <= 2**16 else np.uint32
     tokens = hashlib.sha256(np.concatenate(sequences).tobytes()).hexdigest()
     files = checkpoint.content_files(folder)
     lengths = [len(x) for x in sequences]
-    key = content_key(files, prompt, str(teacher.dtype), tokens, lengths, n_rows, TOP, SHARD)
-    shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
-    first_shard = ranks.rank * len(shards) // ranks.world
+    key = content_key(files, prompt, str(teacher.dtype), tokens, lengths, n_rows, TOP, CHUNK)
+    chunks = [range(i, min(i + CHUNK, len(sequences))) for i in range(0, len(sequences), CHUNK)]
+    first_chunk = ranks.rank * len(chunks) // ranks.world
     folders = {}
     is_silent = None if ranks.main() else True  # None: a bar on a terminal, and nothing elsewhere
     with tqdm(total=len(sequences), desc="teacher", unit="sequence", disable=is_silent) as progress:
-        for i in range(len(shards)):
-            number = (first_shard + i) % len(shards)
-            part = [sequences[j] for j in shards[number]]
+        for i in range(len(chunks)):
+            number = (first_chunk + i) % len(chunks)
+            part = [sequences[j] for j in chunks[number]]
             folders[number] = build_once(
                 f"teacher-{key}/{number}",
                 lambda place: _store(place, teacher, prefix, part, n_rows, micro_tokens, id_type, ranks.device))
@@ -315,9 +315,9 @@ def store_teacher(teacher, folder, prefix, prompt, sequences, n_rows, micro_toke
     bounds = np.cumsum([0, *lengths])  # sequence i has the tokens from bounds[i] to bounds[i + 1] of all
 
     def stored(number):
-        shard = number // SHARD
-        begin, end = bounds[number:number + 2] - bounds[shard * SHARD]  # of the shard's tokens
-        return ids[shard][begin:end], log_p[shard][begin:end]
+        chunk = number // CHUNK
+        begin, end = bounds[number:number + 2] - bounds[chunk * CHUNK]  # of the chunk's tokens
+        return ids[chunk][begin:end], log_p[chunk][begin:end]
     return stored
 
 

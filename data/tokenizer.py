@@ -135,12 +135,12 @@ class Tokenizer:
         if not self.chat:
             return self._encode_plain(texts)
         texts = [self.chat.pieces(text) for text in texts]
-        own = [piece for pieces in texts for piece, is_template in pieces if not is_template]
-        own_ids, found = iter(self._encode_plain(own)), []
+        texts_of_turns = [piece for pieces in texts for piece, is_template in pieces if not is_template]
+        turn_ids, found = iter(self._encode_plain(texts_of_turns)), []
         for pieces in texts:
             ids = [np.zeros(0, self.dtype)]
             for piece, is_template in pieces:
-                ids.append(self._template_ids(piece) if is_template else next(own_ids))
+                ids.append(self._template_ids(piece) if is_template else next(turn_ids))
             found.append(np.concatenate(ids))
         return found
 

@@ -51,8 +51,8 @@ def pick_mode(unsafe=False):
     except InputError as error:
         problem = error
     if not unsafe or os.getuid() == 0:
-        instead = "--unsafe is not for root" if unsafe else "or run programs without a sandbox: --unsafe"
-        raise InputError(f"{NEEDS}, {instead} ({problem})")
+        mend = "--unsafe is not for root" if unsafe else "or run programs without a sandbox: --unsafe"
+        raise InputError(f"{NEEDS}, {mend} ({problem})")
     print(f"{WARNING} ({problem})", file=sys.stderr)
     return "unsafe"
 
