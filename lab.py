@@ -27,9 +27,10 @@ from tqdm import tqdm
 import plan
 from claims import paper, preferences, pretraining, prompting
 from claims.figures import picture
+from claims.published import BINARY, RANKED, Gpu, Small
 from claims.report import summary, write_report
 from claims.runs import ROOT, Run, cores, execute, needed
-from claims.scales import BINARY, RANKED, Gpu, Own, Small, Toy
+from claims.scales import Own, Toy
 from data.errors import InputError, Parser, run_main
 from data.files import write_file
 from model import SIZES

@@ -20,6 +20,7 @@ from claims import findings, report, runs, scales
 from claims.figures import draw_panel, picture
 from claims.findings import (
     Estimate, Finding, Outcome, Panel, compared, finding, growing, mean, minus, outcome, over_seeds)
+from claims.published import BINARY, RANKED, Small
 from claims.report import introduction, verdict_line, write_report
 from claims.runs import Run, execute, needed
 from evals import pm
@@ -368,7 +369,7 @@ def made_up(tmp_path, monkeypatch):
         monkeypatch.setattr(Run, "items", lambda run: result(run)[1])
 
         class args:
-            out, data, lm, pairs, sets = tmp_path, tmp_path, None, None, scales.RANKED + scales.BINARY
+            out, data, lm, pairs, sets = tmp_path, tmp_path, None, None, RANKED + BINARY
         args.seeds, args.many_seeds, args.sizes = seeds, seeds, list(sizes)
         scale = Published if name in scales.Toy.claims_left_out else Invented
         claim = lab.CLAIMS[name](scale(args))
@@ -393,7 +394,7 @@ class Invented(scales.Toy):
         return name != "bare"
 
 
-class Published(scales.Small):
+class Published(Small):
     """Published sets without files."""
 
     def data(self, name):
@@ -700,7 +701,7 @@ def test_a_given_model_takes_the_place_of_those_that_are_trained(tmp_path, publi
     assert rates == {f"{scales.SMALL_RATE * plan.lm_rate(checkpoint.load(lm)[0].config.d_model):.3g}"}
     args = argparse.Namespace(data=published, lm=lm, sets=["hh"], out=tmp_path, seeds=1, many_seeds=1,
                               sizes=["0.8m"], pairs=None)
-    given = scales.Small(args)
+    given = Small(args)
     assert args.sizes == given.sizes == [scales.count_label(checkpoint.load(lm)[0].n_params()[1])]
     assert scales.size_label(given.size) == given.size
 
@@ -722,7 +723,7 @@ def tiny_lab(folder, *settings):
     """A script like lab.py with other settings of its scales; its first argument is the project's folder."""
     script = folder / "tiny.py"
     script.write_text("\n".join([
-        "import sys; sys.path.insert(0, sys.argv.pop(1))", "import lab", "from claims import scales",
+        "import sys; sys.path.insert(0, sys.argv.pop(1))", "import lab", "from claims import published, scales",
         "from data.errors import run_main", *settings,
         "if __name__ == '__main__':", "    run_main(lab.main)", ""]))
     return script
@@ -765,10 +766,10 @@ def test_flags_that_do_not_go_with_a_scale_are_refused(flags, why):
 def test_a_claim_on_published_sets_from_the_text_to_the_report(tmp_path, published):
     """With the steps and amounts of a test; verdicts are printed as soon as their runs are done."""
     script = tiny_lab(
-        tmp_path, "scales.Small.finetune_pairs, scales.Small.pairs = 20, 20",
-        "scales.Small.pm_flags = ('--steps', 2)",
-        "scales.Small.lm_flags = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
-        "scales.Small.pmp_flags = ('--batch', 8, '--steps', 2)")
+        tmp_path, "published.Small.finetune_pairs, published.Small.pairs = 20, 20",
+        "published.Small.pm_flags = ('--steps', 2)",
+        "published.Small.lm_flags = ('--tokenizer', 'bytes', '--ctx', 256, '--steps', 2, '--batch', 512)",
+        "published.Small.pmp_flags = ('--batch', 8, '--steps', 2)")
     claims = ("calibration", "pmp-sample-efficiency", "code-tax")
     done = run(script, ROOT, "small", *claims, "--data", published, "--sets", "hellaswag", "hh",
                "--sizes", "test", "--seeds", 1, "--out", tmp_path / "lab")
