@@ -22,6 +22,7 @@ from pathlib import Path
 import checkpoint
 import plan
 from data.errors import InputError, Parser, run_main
+from data.files import file_digest
 from evals.choices import read_items
 from evals.subject import load_subject, read_prompt
 from evals.votes import export
@@ -136,36 +137,44 @@ class Samples:
         if len(paths) < 2 or len(set(self.names)) < len(paths):
             raise InputError(f"--samples needs at least two files, each with a name of its own, found "
                              f"{', '.join(self.names)}")
+        self.digests = {name: file_digest(path).hex() for name, path in zip(self.names, paths)}
         replies = {}  # {(context, number of the reply): {name: text}}
         for name, path in zip(self.names, paths):
             for record in read_items("choice", [path])[0]:
                 for n, text in enumerate(record["completions"]):
                     replies.setdefault((record["context"], n), {})[name] = text
-        self.pairs = [(context, {a: texts[a], b: texts[b]}) for (context, _), texts in replies.items()
-                      for a, b in itertools.combinations(texts, 2)]
+        self.pairs, self.groups = [], []  # two texts each; of which replies to a context they are
+        for (context, n), texts in replies.items():
+            for a, b in itertools.combinations(texts, 2):
+                self.pairs.append((context, {a: texts[a], b: texts[b]}))
+                self.groups.append((context, n))
         if not self.pairs:
             raise InputError(f"{paths[0]}: shares no context with the other files; sample from the same "
                              "--data")
-        self.served = [[] for _ in self.pairs]
+        self.served = [[] for _ in self.pairs]  # (mode, rater, pair_id)
         numbers = {self.key(*pair): number for number, pair in enumerate(self.pairs)}
         for row in store.read("SELECT * FROM pairs"):  # of earlier days
             texts = {row["left_model"]: row["left_text"], row["right_model"]: row["right_text"]}
             number = numbers.get(self.key(row["context"], texts))
             if number is not None:
-                self.served[number].append((row["rater"], row["pair_id"]))
+                self.served[number].append((row["mode"], row["rater"], row["pair_id"]))
 
     def key(self, context, texts):
         return context, *sorted(texts.items())
 
-    def draw(self, rater):
+    def draw(self, rater, mode):
         """The number of a pair that this rater has not seen: mostly one that was served least, sometimes one
-        that one other person has seen, which tells how well they agree. Raises Refused if there is none."""
-        new = [number for number, served in enumerate(self.served) if rater not in dict(served)]
+        that one other person has seen, which tells how well they agree. Of the pairs that three files or more
+        make of the same replies a rater sees one, as a vote reveals who wrote them. Raises Refused if there
+        is none."""
+        times = [sum(served_mode == mode for served_mode, *_ in served) for served in self.served]
+        seen = {group for group, served in zip(self.groups, self.served)
+                if any(shown[:2] == (mode, rater) for shown in served)}
+        new = [number for number, group in enumerate(self.groups) if group not in seen]
         if not new:
             raise Refused(HTTPStatus.NOT_FOUND, "You have rated all there is. Thank you!")
-        wanted = 1 if random.random() < REPEATS else min(len(self.served[number]) for number in new)
-        chosen = [number for number in new if len(self.served[number]) == wanted]
-        return random.choice(chosen or new)
+        wanted = 1 if random.random() < REPEATS else min(times[number] for number in new)
+        return random.choice([number for number in new if times[number] == wanted] or new)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def winner(vote):
     return vote["left_model"] if prefers_left else vote["right_model"]
 
 
+def is_stopped(vote):
+    """True if the rater ended the replies before the models did."""
+    return json.loads(vote["settings"]).get("stopped", False)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Results
 
@@ -45,7 +50,8 @@ def results(votes, mode):
     votes = [vote for vote in votes if vote["mode"] == mode]
     counted = [vote for vote in votes if not vote["excluded"]]
     decided = [vote for vote in counted if winner(vote)]
-    judged = [vote for vote in decided if vote["judge"] is not None]
+    # A second opinion is on a pair that the judge may have been trained on.
+    judged = [vote for vote in decided if vote["judge"] is not None and not vote["repeats"]]
     by_pair = {vote["pair_id"]: vote for vote in counted}
     repeated = [(vote, by_pair[vote["repeats"]]) for vote in counted if vote["repeats"] in by_pair]
     games = [(vote["left_model"], vote["right_model"], winner(vote)) for vote in counted]
@@ -59,7 +65,7 @@ def results(votes, mode):
         "left": share(vote["choice"] == "left" for vote in decided),
         "agreement": share(winner(vote) == winner(earlier) for vote, earlier in repeated),
         "judge": share((winner(vote) == vote["left_model"]) == (vote["judge"] > 0.5) for vote in judged),
-        "median_seconds": median_seconds(counted),
+        "median_seconds": median_seconds(counted), "stopped": sum(map(is_stopped, counted)),
         "raters": [{"rater": rater, "votes": len(own), "median_seconds": median_seconds(own),
                     "left": share(vote["choice"] == "left" for vote in own if winner(vote))}
                    for rater, own in sorted(raters.items(), key=lambda item: -len(item[1]))]}
@@ -114,6 +120,8 @@ def write_comparisons(votes, path):
             n_ties += winner(vote) is None
     write_file(path, "".join(lines))
     print(f"{path}: {len(lines)} comparisons, {n_ties} of them ties with equal scores")
+    if n_stopped := sum(map(is_stopped, votes)):
+        print(f"{n_stopped} votes are on replies that the rater stopped")
     if n_special := len(votes) - len(lines):
         print(f"left out: {n_special} votes on texts that hold a special token")
 

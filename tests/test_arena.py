@@ -25,7 +25,7 @@ from data.prompts import STOPS
 from data.text import EOC
 from evals import votes
 from evals.subject import load_subject, reward_function
-from web.replies import Writer
+from web.replies import Writer, Writing
 from web.server import BURST
 from web.store import Store
 
@@ -111,7 +111,7 @@ def test_replies_are_what_the_models_sample_from_the_stored_seed(lm, models, tmp
 
 def test_a_judge_that_fails_ends_the_pair_in_words(lm):
     """The page does not wait for ever, and others get their turn."""
-    def store(pair, texts):
+    def store(pair, texts, is_stopped):
         raise RuntimeError("the judge is out of memory")
     flags = Namespace(model=lm, device="cpu", dtype="fp32", micro_tokens=None, prompt=None, prompt_tokens=None)
     writer = Writer({"plain": load_subject(flags)}, store, 4, 1.0, 0.95)
@@ -194,6 +194,50 @@ def test_an_unfinished_pair_is_written_again_by_its_seed(models, tmp_path):
             assert text.endswith(f" six {torch.randint(1000, (1,), generator=generator).item()}")
 
 
+def test_a_pair_is_not_written_by_what_it_was_not_begun_with(models, lm, tmp_path):
+    """Neither by other settings nor, under the same name, by other weights."""
+    with arena(tmp_path / "a.db", *models, pause=0.2) as running:
+        rater = Rater(running.port)
+        pair_id = rater.new_id()
+        rater.post("/pair", pair_id=pair_id, mode="helpful", text="Hello")
+        os.kill(running.process.pid, signal.SIGKILL)
+    with arena(tmp_path / "a.db", *models, "--temperature", 0.5) as running:
+        rater.connection.port = running.port
+        rater.connection.close()
+        status, answer = rater.get(f"/stream?pair_id={pair_id}")
+        assert status == 410 and "has other settings" in answer["error"]
+    other = shutil.copytree(lm, tmp_path / "other/plain")
+    meta = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**meta, "rms_norm_eps": 0.5}))
+    line = run_refused("arena.py", "--db", tmp_path / "a.db", "--models", other, models[2])
+    assert "holds pairs of another 'plain', with other weights or another prompt" in line
+
+
+def test_the_pace_of_a_model_does_not_show():
+    writing = Writing({})
+    writing.add(0, "a whole sentence")
+    assert writing.shown() == ["", ""]
+    writing.add(1, "slow")
+    assert writing.shown() == ["a wh", "slow"]
+    writing.end(0)
+    assert writing.shown() == ["a wh", "slow"]
+    writing.end(1)
+    assert writing.shown() == ["a whole sentence", "slow"]
+
+
+def test_of_three_files_a_rater_sees_two_of_the_same_replies(tmp_path):
+    """After a vote the names are known, so a third pair with one of these texts would be no blind one."""
+    files = [samples_file(tmp_path, name) for name in ("first", "second", "third")]
+    with arena(tmp_path / "a.db", "--samples", *files) as running:
+        for mode in ("helpful", "red_team"):
+            rater = Rater(running.port)
+            shown = [rater.pair(mode=mode)["turns"][0][1] for _ in range(6)]
+            assert len(set(shown)) == 6
+            assert rater.post("/pair", pair_id=rater.new_id(), mode=mode)[0] == 404
+    row, = Store(tmp_path / "a.db").read("SELECT * FROM pairs LIMIT 1")
+    assert row["seed"] == 0 and json.loads(row["settings"])["left"].keys() == {"file"}
+
+
 def test_a_page_that_reconnects_gets_the_rest_alone(models, tmp_path):
     with arena(tmp_path / "a.db", *models, pause=0.1, reply="one two three four") as running:
         rater = Rater(running.port)
@@ -217,10 +261,14 @@ def test_stopped_replies_stand_as_they_are(models, tmp_path):
         response = connection.getresponse()
         response.readline()
         assert json.loads(response.readline()[6:])["place"] == 1  # the other rater is the next one
-        rater.post("/stop", pair_id=pair_id)
+        assert other.post("/stop", pair_id=waiting)[0] == 409  # there would be nothing to compare
+        assert rater.post("/stop", pair_id=pair_id)[0] == 200
         pair = rater.events(pair_id)[-1]
         assert all(0 < len(text.split()) < 20 for text in pair["texts"])
         assert rater.vote(pair)[0] == 200
+        assert rater.get("/figures?mode=helpful")[1]["stopped"] == 1
+    printed = run_well("arena.py", "--db", tmp_path / "a.db", "--export", tmp_path / "votes.jsonl")
+    assert "1 votes are on replies that the rater stopped" in printed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -345,6 +393,11 @@ def test_a_second_opinion_tells_the_agreement(models, tmp_path):
             choice = votes.SIDES[pair["texts"].index(first[0])]
             other.vote(pair, choice if n < 4 else "tie")
         _, figures = other.get("/figures?mode=helpful")
+    row, = Store(tmp_path / "a.db").read("SELECT * FROM pairs WHERE repeats IS NOT NULL LIMIT 1")
+    first, settings = Store(tmp_path / "a.db").pair(row["repeats"]), json.loads(row["settings"])
+    assert row["seed"] == first["seed"]
+    for side in votes.SIDES:  # what is known of each writer goes to the side on which it stands now
+        assert settings[side]["model"].split()[0].endswith(row[f"{side}_model"])
     assert not texts and figures["agreement"]["n"] == 6
     assert figures["agreement"]["share"] == pytest.approx(4 / 6)
 
@@ -426,6 +479,22 @@ def test_others_need_a_password(models, tmp_path):
             connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
             connection.request("GET", "/", headers={"Authorization": f"Basic {given}"} if given else {})
             assert connection.getresponse().status == expected
+    with arena(tmp_path / "a.db", *models, "--password", "secret") as running:  # behind a proxy with TLS
+        given = {"Authorization": "Basic cmF0ZXI6c2VjcmV0", "Host": "arena.example"}
+        rater = Rater(running.port, **given)
+        assert rater.send("GET", "/setup")[0] == 200
+        rater.headers["Origin"] = "https://arena.example"
+        assert rater.post("/pair", pair_id=rater.new_id(), mode="helpful", text="Hello")[0] == 200
+        rater.headers["Origin"] = "https://other.example"
+        assert rater.post("/pair", pair_id=rater.new_id(), mode="helpful", text="Hello")[0] == 403
+
+
+def test_one_rater_leaves_places_to_others(models, tmp_path):
+    with arena(tmp_path / "a.db", *models, pause=0.2) as running:
+        rater, other = Rater(running.port), Rater(running.port)
+        asked = [rater.post("/pair", pair_id=rater.new_id(), mode="helpful", text="Hello")[0] for _ in range(4)]
+        assert asked == [200, 200, 200, 429]
+        assert other.post("/pair", pair_id=other.new_id(), mode="helpful", text="Hello")[0] == 200
 
 
 def test_bad_flags_get_one_line(lm, pm, models, tmp_path):

@@ -17,6 +17,7 @@ class Writing:
 
     def __init__(self, pair):
         self.pair, self.texts, self.changed = pair, ["", ""], threading.Condition()
+        self.ended = [False, False]  # the sides whose reply is whole
         self.stopped = self.finished = False
         self.failure = ""  # what to tell the rater
         self.queued = []  # (queue, number in it) of its parts
@@ -31,6 +32,17 @@ class Writing:
         with self.changed:
             self.texts[side] += piece
             self.changed.notify_all()
+
+    def end(self, side):
+        with self.changed:
+            self.ended[side] = True
+            self.changed.notify_all()
+
+    def shown(self):
+        """What a rater may see of both texts: of each as much as there is of the slower one, as the pace of a
+        model would tell which one it is."""
+        slower = min((len(text) for text, ended in zip(self.texts, self.ended) if not ended), default=None)
+        return [text[:slower] for text in self.texts]
 
     def place(self):
         """How many pairs stand before this one in the longer one of its queues."""
@@ -56,7 +68,7 @@ class Queue:
 
 class Writer:
     """Writes pairs by the models `subjects`, {name: Subject}. When both replies are there it calls
-    store(pair, texts), which may fail."""
+    store(pair, texts, True if the rater stopped them), which may fail."""
 
     def __init__(self, subjects, store, max_new, temperature, top_p):
         self.subjects, self.store, self.temperature, self.top_p = subjects, store, temperature, top_p
@@ -98,6 +110,7 @@ class Writer:
                     piece = next(replies[side], None)
                     if piece is None:
                         del replies[side]
+                        writing.end(side)
                     else:
                         writing.add(side, piece)
         except Exception:
@@ -109,7 +122,7 @@ class Writer:
                 return
         try:
             if not writing.failure:
-                self.store(writing.pair, [text.rstrip() for text in writing.texts])
+                self.store(writing.pair, [text.rstrip() for text in writing.texts], writing.stopped)
         except Exception as error:  # the disk is full, or the preference model that judges fails
             traceback.print_exc()
             writing.update(failure=f"The replies could not be stored ({error}). Try again.")
@@ -133,7 +146,7 @@ class Writer:
         """Yield what is written of a pair after the characters [left, right] that a page has: ([left, right],
         {"pieces", "place"})."""
         def pieces():
-            return [text[n:] for text, n in zip(writing.texts, n_known)]
+            return [text[n:] for text, n in zip(writing.shown(), n_known)]
 
         patience = 0  # seconds to wait for something new; the first event comes at once
         while not writing.finished:
@@ -146,11 +159,20 @@ class Writer:
             time.sleep(0.05)  # so that a fast model does not send each token by itself
 
     def stop(self, pair_id):
-        """End the replies of a pair with what has been written."""
+        """End the replies of a pair with what has been written. Returns False if one of them has nothing
+        yet."""
         with self.lock:
             writing = self.under_way.get(pair_id)
+        if writing and not all(text.strip() for text in writing.texts):
+            return False
         if writing:
             writing.update(stopped=True)
+        return True
+
+    def n_under_way(self, rater):
+        """The number of a rater's pairs whose replies are being written."""
+        with self.lock:
+            return sum(writing.pair["rater"] == rater for writing in self.under_way.values())
 
     def close(self):
         """End all that is being written, without storing it. It is written again, by the same seed, when its

@@ -6,6 +6,7 @@ import threading
 from http import HTTPStatus
 
 import checkpoint
+from data.errors import InputError
 from data.files import content_key, valid_unicode
 from data.prompts import SEPARATOR
 from data.text import find_special
@@ -19,7 +20,7 @@ from web.store import now
 
 MODES = ("helpful", "red_team")
 ID = re.compile(r"[\w-]{8,64}")
-MOST_WAITING = 100  # pairs whose replies are being written at one time
+MOST_WAITING, MOST_OF_ONE = 100, 3  # pairs whose replies are being written at one time, and of one rater
 
 
 class Arena:
@@ -36,10 +37,28 @@ class Arena:
         self.player_settings = {
             name: {"model": model_key(subject.name), "prompt": content_key([], subject.prompt)}
             for name, subject in subjects.items()}
+        self.check_names()
         self.serving, self.figures_lock, self.latest_figures = threading.Lock(), threading.Lock(), {}
         self.get = {"/setup": self.setup, "/pair": self.show, "/stream": self.stream,
                     "/figures": self.figures}
         self.post = {"/pair": self.serve, "/stop": self.stop, "/vote": self.vote}
+
+    def check_names(self):
+        """Raise InputError if the database holds another model, or prompt, by the name of one of today's: their
+        votes would be counted together."""
+        for row in self.store.read("SELECT DISTINCT left_model, right_model, settings FROM pairs"):
+            settings = json.loads(row["settings"])
+            for side in SIDES:
+                name, stored = row[f"{side}_model"], settings.get(side)
+                today = self.player_settings.get(name)
+                if stored and today and "model" in stored and version(stored) != version(today):
+                    raise InputError(f"{self.store.path}: holds pairs of another {name!r}, with other weights "
+                                     "or another prompt, which would be counted together; give another --db")
+
+    def settings_of(self, left, right):
+        """What decides the replies of two models today, and who judges them."""
+        players = {"left": self.player_settings.get(left), "right": self.player_settings.get(right)}
+        return {**self.settings, **players}
 
     def setup(self, rater, values):
         return {"live": bool(self.subjects), "contexts": len(self.contexts)}
@@ -73,11 +92,14 @@ class Arena:
         return self.show(rater, values)
 
     def serve_sampled(self, rater, pair_id, mode):
-        number = self.samples.draw(rater)
+        number = self.samples.draw(rater, mode)
         context, texts = self.samples.pairs[number]
         served = self.samples.served[number]
-        self.add_written(rater, pair_id, mode, context, texts, repeats=served[0][1] if served else None)
-        served.append((rater, pair_id))
+        voted = [pair for other, _, pair in served if other == mode and self.store.pair(pair)["choice"]]
+        files = {name: {"file": self.samples.digests[name]} for name in texts}
+        self.add_written(rater, pair_id, mode, context, texts, files, seed=0,
+                         repeats=voted[0] if voted else None)
+        served.append((mode, rater, pair_id))
 
     def serve_again(self, rater, pair_id, mode):
         """Serve a pair that another rater has voted on, which tells how well they agree."""
@@ -85,24 +107,33 @@ class Arena:
         if not first:
             raise Refused(HTTPStatus.NOT_FOUND, "No pair of somebody else waits for a second opinion.")
         texts = {first["left_model"]: first["left_text"], first["right_model"]: first["right_text"]}
-        self.add_written(rater, pair_id, mode, first["context"], texts, repeats=first["pair_id"])
+        settings = json.loads(first["settings"])
+        players = {first[f"{side}_model"]: settings.get(side) for side in SIDES}
+        self.add_written(rater, pair_id, mode, first["context"], texts, players, first["seed"],
+                         repeats=first["pair_id"])
 
-    def add_written(self, rater, pair_id, mode, context, texts, repeats):
-        """Store a pair of replies that are there, {name: text}; who stands left is drawn anew."""
+    def add_written(self, rater, pair_id, mode, context, texts, players, seed, repeats):
+        """Store a pair of replies that are there, {name: text}, with what is known of their writers, {name:
+        settings}; who stands left is drawn anew."""
         left, right = random.sample(list(texts), 2)
-        self.add_pair(rater, pair_id, mode, context, left, right, repeats=repeats, left_text=texts[left],
-                      right_text=texts[right], shown_at=now(),
+        settings = {"judge": self.settings["judge"], "left": players[left], "right": players[right]}
+        self.add_pair(rater, pair_id, mode, context, left, right, settings, seed, repeats=repeats,
+                      left_text=texts[left], right_text=texts[right], shown_at=now(),
                       judge=self.opinion(context, [texts[left], texts[right]]))
 
     def serve_live(self, rater, pair_id, mode, values):
         if len(self.writer.under_way) >= MOST_WAITING:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "Too many are waiting. Try again in a minute.")
+        if self.writer.n_under_way(rater) >= MOST_OF_ONE:
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Your other replies are still being written; wait a "
+                          "moment.")
         previous = self.find(rater, values, "previous") if values.get("previous") else None
         context = self.context(values, previous)
         left, right = random.sample(list(self.subjects), 2)
         if None in (self.writer.read(left, context), self.writer.read(right, context)):
             raise Refused(HTTPStatus.BAD_REQUEST, "This is too long for the models. Say it shorter.")
         pair = self.add_pair(rater, pair_id, previous["mode"] if previous else mode, context, left, right,
+                             self.settings_of(left, right), seed=random.getrandbits(48),
                              previous=previous and previous["pair_id"])
         self.writer.begin(pair)
 
@@ -125,15 +156,16 @@ class Arena:
                           "models. Write the message differently, or begin a new dialogue.")
         return before + opening
 
-    def add_pair(self, rater, pair_id, mode, context, left, right, **columns):
-        players = {"left": self.player_settings.get(left), "right": self.player_settings.get(right)}
+    def add_pair(self, rater, pair_id, mode, context, left, right, settings, seed, **columns):
         self.store.add_pair(
             pair_id=pair_id, rater=rater, mode=mode, context=context, left_model=left, right_model=right,
-            settings=json.dumps({**self.settings, **players}), seed=random.getrandbits(48), **columns)
+            settings=json.dumps(settings), seed=seed, **columns)
         return self.store.pair(pair_id)
 
-    def store_replies(self, pair, texts):
-        self.store.finish_pair(pair["pair_id"], *texts, self.opinion(pair["context"], texts))
+    def store_replies(self, pair, texts, is_stopped):
+        settings = json.loads(pair["settings"]) | ({"stopped": True} if is_stopped else {})
+        opinion = self.opinion(pair["context"], texts)
+        self.store.finish_pair(pair["pair_id"], *texts, opinion, json.dumps(settings))
 
     def opinion(self, context, texts):
         """The judge's probability that the left one of two replies is better; None without a judge."""
@@ -142,8 +174,10 @@ class Arena:
     def stream(self, rater, values):
         """A pair's replies as they come, after what the page has of them: (id, event)."""
         pair = self.find(rater, values)
-        if not pair["shown_at"] and not {pair["left_model"], pair["right_model"]} <= self.subjects.keys():
-            raise Refused(HTTPStatus.GONE, "The arena no longer has these models. Begin a new dialogue.")
+        today = self.settings_of(pair["left_model"], pair["right_model"])
+        if not pair["shown_at"] and json.loads(pair["settings"]) != today:
+            raise Refused(HTTPStatus.GONE, "The arena no longer has these models, or has other settings. "
+                          "Begin a new dialogue.")
         known = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", values.get("last_event", "0-0"))
         return self.events(pair, [int(n) for n in known.groups()] if known else [0, 0])
 
@@ -157,7 +191,8 @@ class Arena:
         yield "0-0", {"error": failure} if failure else view(self.store.pair(pair["pair_id"]))
 
     def stop(self, rater, values):
-        self.writer.stop(self.find(rater, values)["pair_id"])
+        if not self.writer.stop(self.find(rater, values)["pair_id"]):
+            raise Refused(HTTPStatus.CONFLICT, "Both replies have to have begun.")
         return {}
 
     # --- votes
@@ -217,3 +252,8 @@ def text_of(values, key, pattern=None):
 def model_key(place):
     """A model's place and a hash of its weights."""
     return f"{place} {content_key(checkpoint.content_files(checkpoint.find(place)))}"
+
+
+def version(player):
+    """The hashes of a player's weights and of its prompt, wherever the model lies."""
+    return player["model"].rpartition(" ")[2], player["prompt"]

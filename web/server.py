@@ -172,7 +172,10 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse who does not know the password, and what a page of another site sends."""
         server, given = self.server, self.headers.get("Authorization", "")
         host = self.headers.get("Host", "")
-        if server.on_loopback and host.rsplit(":", 1)[0] not in ("localhost", "127.0.0.1"):
+        # Without a password a page of another site could pretend to be this one, by a name of its own for this
+        # address. With one it lacks the password, so a proxy may stand before the arena.
+        own_names = ("localhost", "127.0.0.1", server.server_address[0])
+        if server.on_loopback and not server.password and host.rsplit(":", 1)[0] not in own_names:
             raise Refused(HTTPStatus.FORBIDDEN, "Open the arena as localhost or 127.0.0.1.")
         if self.headers.get("Origin") not in (None, f"http://{host}", f"https://{host}"):
             raise Refused(HTTPStatus.FORBIDDEN, "This request comes from another site.")

@@ -26,8 +26,8 @@ CREATE TABLE pairs (
     context     TEXT NOT NULL,     -- the dialogue up to where the replies begin
     left_model  TEXT NOT NULL,
     right_model TEXT NOT NULL,
-    settings    TEXT NOT NULL,     -- JSON: of sampling, of both models, of the judge
-    seed        INTEGER NOT NULL,  -- decides both replies
+    settings    TEXT NOT NULL,     -- JSON: of sampling, of both models, of the judge; whether they were stopped
+    seed        INTEGER NOT NULL,  -- decides both replies; 0 if they were sampled elsewhere
     asked_at    TEXT NOT NULL,     -- this time and the others are UTC
     left_text   TEXT,              -- both texts are NULL until both replies are written
     right_text  TEXT,
@@ -132,10 +132,13 @@ class Store:
         return rows[0] if rows else None
 
     def unrepeated(self, rater, mode):
-        """A pair that somebody else has voted on and no second rater was shown; None if there is none."""
+        """A pair that somebody else has voted on and no second rater, and that this one was not shown; None if
+        there is none. Votes that are excluded do not count."""
         rows = self.read("SELECT * FROM pairs JOIN votes USING (pair_id) WHERE rater != ? AND mode = ? "
-                         "AND repeats IS NULL AND pair_id NOT IN (SELECT repeats FROM pairs WHERE repeats "
-                         "IS NOT NULL) ORDER BY random() LIMIT 1", rater, mode)
+                         "AND repeats IS NULL AND pair_id NOT IN (SELECT repeats FROM pairs LEFT JOIN votes "
+                         "USING (pair_id) WHERE repeats IS NOT NULL AND (vote_id IS NOT NULL OR rater = ?)) "
+                         "AND NOT EXISTS (SELECT 1 FROM exclusions WHERE subject IN (vote_id, pair_id, rater)) "
+                         "ORDER BY random() LIMIT 1", rater, mode, rater)
         return rows[0] if rows else None
 
     def add_pair(self, **columns):
@@ -146,10 +149,11 @@ class Store:
             if not self.pair(columns["pair_id"]):
                 raise
 
-    def finish_pair(self, pair_id, left_text, right_text, judge):
+    def finish_pair(self, pair_id, left_text, right_text, judge, settings):
         """Store the replies, once."""
-        self._write("UPDATE pairs SET left_text = ?, right_text = ?, judge = ?, shown_at = ? "
-                    "WHERE pair_id = ? AND shown_at IS NULL", left_text, right_text, judge, now(), pair_id)
+        self._write("UPDATE pairs SET left_text = ?, right_text = ?, judge = ?, settings = ?, shown_at = ? "
+                    "WHERE pair_id = ? AND shown_at IS NULL",
+                    left_text, right_text, judge, settings, now(), pair_id)
 
     def add_vote(self, **columns):
         """Store a vote. Returns the pair with its vote, which is the first one that was given for it."""
