@@ -7,7 +7,7 @@ read as they are.
 
 The group says which comparisons belong together: those about one question, one article or one topic. A whole
 group is either trained on or held out, and standard errors are computed over groups. A record without a group
-has its context as its group. A record of two whole dialogues has the text before the first reply, because
+has its context as its group; a dialogue of chosen and rejected has the text before the first reply, because
 several records may come from one dialogue. If the context is empty too, its completions are its group.
 """
 import contextlib
@@ -24,7 +24,7 @@ from data.errors import InputError
 from data.files import build_once, content_key, read_records
 from data.text import refuse_special
 
-VERSION = 4  # of the cached arrays; raise it when they change, so that old caches are not read
+VERSION = 5  # of the cached arrays; raise it when they change, so that old caches are not read
 FORMS = '{"context", "completions", "scores"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}'
 TURN = "\n\nAssistant:"  # of a dialogue
 BATCH = 4096  # comparisons that are tokenised together, and so held in memory
@@ -58,6 +58,7 @@ def parse(record, where):
         context = record.get("prompt")
         if context is None:
             context, chosen, rejected = split_dialogues(chosen, rejected)
+        if isinstance(context, str) and TURN in context:
             beginning = context[:context.find(TURN) + len(TURN)]
         completions, scores = [chosen, rejected], [1, 0]
     if not isinstance(context, str):

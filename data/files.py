@@ -1,5 +1,6 @@
 """Files: finding, reading, hashing and writing them, and building a cached folder exactly once."""
 import bz2
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -163,6 +164,8 @@ def parse_json(path, number, line):
         raise ValueError(f"{word} is not a number")
 
     where = f"{path}:{number}"
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
     try:
         record = load_json(decode(line, where), parse_constant=refuse)
     except ValueError as error:

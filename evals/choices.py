@@ -68,10 +68,15 @@ def truthfulqa(row, where):
         row, where, {"Question": str, "Best Answer": str, "Correct Answers": str, "Incorrect Answers": str})
     scores = {}
     for answers, score in ((incorrect, 0), (correct, 1)):
-        scores |= {answer.strip(): score for answer in answers.split(";") if answer.strip()}
-    scores |= {best.strip(): 2}
+        scores |= {closed(answer): score for answer in answers.split(";") if answer.strip()}
+    scores |= {closed(best): 2}
     return {"context": as_dialogue(question), "completions": [" " + answer for answer in scores],
             "scores": list(scores.values()), "group": question}
+
+
+def closed(answer):
+    """An answer with a period at its end, as TruthfulQA's own code has it: a few stand so in the file."""
+    return answer.strip().removesuffix(".") + "."
 
 
 def hellaswag(record, where):

@@ -45,7 +45,8 @@ def mbpp(path):
     """Yield the problems of MBPP's JSON lines in HumanEval's form: a signature, and a docstring that holds
     the text and the first test. InputError names a line that is none.
 
-    Other functions and classes of the solution are given in the prompt where the tests use them.
+    The prompt begins with what the solution imports, and with its other functions and classes where the tests
+    use them.
     """
     kinds = {"task_id": (int, str), "text": str, "code": str, "test_setup_code": str, "test_list": [str]}
     for line, record in read_records(path):
@@ -57,7 +58,8 @@ def mbpp(path):
             name, = _names(checks[0]) & {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             function, others = _split(tree, name)
             used = _names(*checks, parse(setup), function.args, *function.decorator_list)
-            given = [node for node in others if getattr(node, "name", None) in used]
+            given = [node for node in others if isinstance(node, (ast.Import, ast.ImportFrom))
+                     or getattr(node, "name", None) in used]
             after = [node for node in others if node not in given]
             prompt, body = _prompt_and_body(function, f"{text.strip()}\n\n{tests[0].strip()}")
             prompt, body = _source(given) + prompt, f"{body}\n{_source(after)}"

@@ -118,11 +118,12 @@ def test_truthfulqa_reads_the_published_form(lm, tmp_path):
     path = tmp_path / "TruthfulQA.csv"
     path.write_text('Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n'
                     'A,B,"Who, really?",Nobody,Nobody; No one at all,"A dog; The miller, of course",x\n'
-                    'A,B,Where?,At home,Home; At home,Up there,x\n')
+                    'A,B,Where?,At home,Home; At home.,Up there,x\n')
     first, second = choices.read_items("truthfulqa", [path])[0]
-    assert first["completions"] == [" A dog", " The miller, of course", " Nobody", " No one at all"]
+    # All end with a period, as in TruthfulQA's own code.
+    assert first["completions"] == [" A dog.", " The miller, of course.", " Nobody.", " No one at all."]
     assert first["scores"] == [0, 0, 2, 1]
-    assert second["scores"] == [0, 1, 2] and second["completions"] == [" Up there", " Home", " At home"]
+    assert second["scores"] == [0, 1, 2] and second["completions"] == [" Up there.", " Home.", " At home."]
     figures, printed = evaluate("truthfulqa", "--model", lm, "--data", path)
     assert figures["n"] == 2 and 0 < figures["MC2_sum"] < 1 and figures["MC1_mi"] in (0, 0.5, 1)
     assert "truthfulqa_mc1" in printed and "truthfulqa_mc2" in printed and "harness" not in figures

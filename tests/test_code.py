@@ -63,7 +63,8 @@ def total(p, r=2):
     """
 ''')
     assert "class Pair" in problem.prompt and "Old" not in problem.solution
-    assert "base" not in problem.prompt and "import" not in problem.prompt
+    # Without the imports the solution's own body would not run; a helper of its own the model has to write.
+    assert "base" not in problem.prompt and problem.prompt.startswith("import ") and "import" not in problem.solution
     assert passes(problem, problem.solution) and passes(problem, "    return p.a + p.b + r\n")
     assert not passes(problem, "    return 5\n")
 

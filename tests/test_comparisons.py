@@ -58,6 +58,13 @@ def test_all_turns_of_a_dialogue_are_one_group():
     assert later[0] == begun and later[3] == ASKED
 
 
+def test_all_turns_of_a_prompted_dialogue_are_one_group():
+    """As of a dialogue that is published as a prompt and two replies."""
+    prompts = ASKED, dialogue(" Q", " yes", " And?", "")
+    assert {parse({"prompt": prompt, "chosen": " x", "rejected": " y"}, "f:1")[3] for prompt in prompts} == {ASKED}
+    assert parse({"prompt": "What is it?", "chosen": " x", "rejected": " y"}, "file:1")[3] == "What is it?"
+
+
 def test_a_group_may_be_a_number_or_left_out():
     def group(**more):
         return parse({"context": "C", "completions": ["a"], "scores": [1], **more}, "f:1")[3]

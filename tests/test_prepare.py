@@ -59,6 +59,21 @@ def test_pairs(tmp_path):
     assert records[1]["group"] == "7" and count.places == [f'{path}:3: no text "prompt"']
 
 
+def test_pairs_of_equal_published_scores_prefer_neither(tmp_path):
+    """As in ultrafeedback_binarized, whose order of two equal ones is arbitrary."""
+    record = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    lines = [{**record, "score_chosen": 7.0, "score_rejected": score} for score in (7.0, 5.0)]
+    path = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, lines)))
+    found, count = read("pairs", path)
+    assert len(found) == 1 and count.dropped == {"pairs whose published scores prefer neither": 1}
+
+
+def test_an_empty_list_is_a_broken_record_and_a_mark_of_the_byte_order_none(tmp_path):
+    empty, good = '{"prompt": "x", "chosen": [], "rejected": []}', '{"prompt": "x", "chosen": " y", "rejected": " z"}'
+    found, count = read("pairs", write(tmp_path / "pairs.jsonl", f"\ufeff{good}\n{empty}\n"))
+    assert len(found) == 1 and count.n_bad == 1 and "a list that is too short" in count.places[0]
+
+
 def message(role, content):
     return {"role": role, "content": content}
 

@@ -52,6 +52,23 @@ def test_replies_to_a_post_are_ranked_by_votes(tmp_path):
     assert count.total == 4 and not count.dropped and not count.n_bad
 
 
+@pytest.mark.parametrize("text", [
+    "[deleted]", "[removed]", "[ Removed by Reddit ]", "[ Removed by moderator ]",
+    "[ Removed by Reddit in response to a copyright notice. ]"])
+def test_what_stands_in_place_of_a_text_is_none(tmp_path, text):
+    """It often keeps the votes of what it replaced."""
+    found, count = read(tmp_path, [*THREAD, reply("c3", 50, text)])
+    assert found[0]["completions"] == [" Reply c1.", " Reply c2."]
+    assert count.dropped == {"replies: deleted or removed": 1}
+    for gone in ({"title": "[deleted by user]", "selftext": ""}, {"selftext": text}):
+        assert completions(tmp_path, [post(**gone), *THREAD[1:]]) is None
+
+
+def test_a_score_that_was_not_shown_yet_is_no_score(tmp_path):
+    found, count = read(tmp_path, [*THREAD, reply("c3", 1, score_hidden=True)])
+    assert found[0]["scores"] == [7, 3] and count.dropped == {"replies: with a hidden score": 1}
+
+
 def test_a_reply_to_be_judged_is_always_the_assistants_turn(tmp_path):
     chain = [post(), reply("c1", 1, "Turn 1."), reply("c2", 1, "Turn 2.", "t1_c1"),
              reply("c3", 1, "Turn 3.", "t1_c2")]

@@ -96,13 +96,23 @@ def test_undoing_oneself_is_no_judgement(tmp_path):
 
 
 def test_a_revert_that_is_undone_does_not_count(tmp_path):
-    war = [("Ann", TEXT), VANDALISM, ("Bob", TEXT), VANDALISM]
+    war = [("Ann", TEXT), VANDALISM, ("Bob", TEXT), ("5.6.7.8", VANDAL)]
     found, count = read(tmp_path, page(*war))
     assert [r["completions"][0] for r in found] == [" The first loaves were made by aliens."]
     assert count.dropped == {"reverts undone within --window": 1}
     found, count = read(tmp_path, page(*war, ("Bob", TEXT)))
     assert [r["completions"][0] for r in found] == [" The first loaves were flat."]
     assert count.dropped == {"reverts undone within --window": 2}
+
+
+def test_a_vandal_who_restores_his_own_text_is_no_judge(tmp_path):
+    """Neither where the page ends so, nor where the next editor mends it by hand; a third person's revert counts."""
+    war = ("Ann", TEXT), VANDALISM, ("Bob", TEXT), VANDALISM
+    for after in ((), (("Eve", TEXT + " And more."), *[("Ann", f"{TEXT} {i}") for i in range(30)])):
+        dropped = left_out(tmp_path, page(*war, *after))
+        assert dropped["reverts: of a revert, by who wrote the text before it"] == 1
+    found, _ = read(tmp_path, page(*war, ("Eve", TEXT)))
+    assert [record["completions"][0] for record in found] == [" The first loaves were flat."]
 
 
 def test_the_window_is_counted_in_revisions(tmp_path):

@@ -85,6 +85,8 @@ def converted_records(paths, count, convert):
             count.drop(str(reason))
         except KeyError as error:
             count.bad(where, f"no {error}")
+        except IndexError:
+            count.bad(where, "a list that is too short")
         except ValueError as error:
             count.bad(where, str(error))
         except (TypeError, AttributeError) as error:

@@ -4,6 +4,7 @@ import re
 from lxml import etree
 
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\r"))  # control characters other than white space
+DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 MAX_MARKS = 20  # items and quotes inside one another that are marked as such; no honest post has more
 BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd blockquote pre table tr hr details summary "
                    "section".split())
@@ -12,6 +13,7 @@ BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd blockquote pre tab
 def to_text(body):
     """HTML as text: blank lines between paragraphs, ``` around blocks of code and ` around inline code,
     "- ", "1. " and "> " before items and quotes, links as their text, no pictures."""
+    body = DECLARATION.sub("", body, count=1)  # lxml does not take one from a text
     if not body.strip():
         return ""
     _writer.begin()

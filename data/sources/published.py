@@ -39,10 +39,15 @@ def hh(paths, args, count):
 def pairs(paths, args, count):
     """Any file of {"prompt", "chosen", "rejected"}. The group is the record's "group", or else the prompt.
 
+    Records whose "score_chosen" is not above their "score_rejected" prefer neither, and are left out.
+
     All three may be lists of chat messages, {"role", "content"}, and the prompt may be the first ones of both
     lists. Their context ends with the last turn of the user that both have in common, and the group is what
     stands before the first reply."""
     def convert(record):
+        scores = [record.get(key) for key in ("score_chosen", "score_rejected")]
+        if all(isinstance(score, (int, float)) for score in scores) and scores[0] <= scores[1]:
+            raise LeftOut("pairs whose published scores prefer neither")
         if isinstance(record.get("chosen"), list):
             return _pair(_as_dialogues(record), ("chosen", "rejected"), "group")
         return _pair(record, ("prompt", "chosen", "rejected"), "group")

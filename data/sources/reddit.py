@@ -8,6 +8,7 @@ What the paper filtered is not known, so the filters are our choice. Replies are
 posted within --max_age_gap of the first one, because early replies collect more votes. Deleted texts, bots,
 moderators and threads for adults are left out.
 """
+import re
 import zlib
 from collections import defaultdict
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from data.sources.count import LeftOut, converted_records
 from data.text import find_special
 
 BUCKETS = 64
-DELETED = ("[deleted]", "[removed]")
+# What stands in place of a text: [deleted], [removed], [ Removed by Reddit ], [deleted by user] …
+DELETED = re.compile(r"\[ ?(deleted|removed)\b[^\]]{0,80}\]", re.IGNORECASE)
 
 
 def add_flags(parser):
@@ -45,6 +47,7 @@ class Item(NamedTuple):
     time: float  # when it was posted, in seconds
     author_unfit: bool  # a bot or a moderator
     nsfw: bool
+    is_hidden: bool  # its score is a placeholder, as it was not shown yet
 
 
 def records(paths, args, count):
@@ -88,13 +91,15 @@ def _parse(record):
     is_bot = author == "automoderator" or author.endswith("bot")
     by_moderator = record.get("distinguished") or parent and record.get("stickied")
     return Item(submission, name, parent, text, _number(record, "score"), _number(record, "created_utc"),
-                is_bot or bool(by_moderator), bool(record.get("over_18")))
+                is_bot or bool(by_moderator), bool(record.get("over_18")), bool(record.get("score_hidden")))
 
 
 def _submission_text(record):
-    """Title and text; or only "[deleted]" or "[removed]", if the text is that."""
+    """Title and text; or only "[deleted]" and the like, if one of them is that."""
     text = _text(record, "selftext") if record.get("selftext") else ""  # a link has no text
-    return text if text in DELETED else f"{_text(record, 'title')}\n\n{text}".strip()
+    title = _text(record, "title")
+    gone = next(filter(DELETED.fullmatch, (text, title)), None)
+    return gone or f"{title}\n\n{text}".strip()
 
 
 def _string(record, key):
@@ -169,7 +174,7 @@ def _thread(items, submission, parent, args):
 
 def _unfit(item):
     """Why an item's text is not to be learned from, or None."""
-    if not item.text or item.text in DELETED:
+    if not item.text or DELETED.fullmatch(item.text):
         return "deleted or removed"
     if item.author_unfit:
         return "by a bot or moderator"
@@ -182,7 +187,7 @@ def _rank(replies, args, count):
     """The replies to compare, best first. Raises LeftOut if too few are left or their scores are too near."""
     fit = []
     for item in replies:
-        if reason := _unfit(item):
+        if reason := _unfit(item) or ("with a hidden score" if item.is_hidden else None):
             count.drop(f"replies: {reason}")
         else:
             fit.append(item)

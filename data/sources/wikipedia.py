@@ -57,7 +57,7 @@ def records(paths, args, count):
     """Yield the comparisons of exports with full history. The context is the page's title and the text
     before the change, the completions are the passage [as restored, as reverted], the scores are [1, 0],
     and the group is the title. A revert that is undone within the window is left out, since the text that
-    stays is the good one.
+    stays is the good one. So is one by which somebody restores text of his own that had been reverted.
 
     Raises InputError for a damaged compressed file, for a file without pages, and for --plain without
     mwparserfromhell.
@@ -102,6 +102,8 @@ def _comparisons(path, args, count, to_plain):
             yield waiting.popleft().comparison
         if edits := _reverted_edits(before, revision):
             try:
+                if _is_counter_revert(before, revision):
+                    raise LeftOut("of a revert, by who wrote the text before it")
                 comparison = _comparison(title, edits, revision, args, to_plain)
                 waiting.append(Revert(number + args.window, edits[-1].text, comparison))
             except LeftOut as reason:
@@ -117,6 +119,13 @@ def _reverted_edits(before, revision):
             return edits[::-1]
         edits.append(earlier)
     return []
+
+
+def _is_counter_revert(before, revision):
+    """True if somebody restores text of his own that another one had reverted, as vandals do."""
+    author = next(earlier.contributor for earlier in before if earlier.text == revision.text)
+    was_reverted = _reverted_edits(list(before)[:-1], before[-1])
+    return author is not None and author == revision.contributor and bool(was_reverted)
 
 
 def _comparison(title, edits, revision, args, to_plain):
