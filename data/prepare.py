@@ -38,7 +38,7 @@ from data.text import find_special
 
 SOURCES = {  # name: (module, its function that yields the records, its function that adds flags)
     "hh": ("data.sources.published", "hh", None),
-    "summarize": ("data.sources.published", "summarize", None),
+    "summarize": ("data.sources.published", "summarize", "add_split_flag"),
     "hellaswag": ("data.sources.published", "hellaswag", None),
     "ethics": ("data.sources.ethics", "records", "add_flags"),
     "utilitarianism": ("data.sources.ethics", "utilitarianism", None),  # as ethics --set utilitarianism

@@ -190,7 +190,7 @@ def read_source(source, name, *flags):
 def read_published(function):
     def read(folder):
         count = Count(0.5)
-        for record in function([folder / "data.jsonl"], None, count):
+        for record in function([folder / "data.jsonl"], Namespace(split=None), count):
             parse(record, "record")
         count.check()
     return read

@@ -29,7 +29,7 @@ READERS = {"ethics": ethics.records, "utilitarianism": ethics.utilitarianism, "h
 def read(source, path, max_bad=1.0, **flags):
     """(records, Count) of one of the small sources, in this process."""
     count = Count(max_bad)
-    return list(READERS[source]([path], Namespace(**flags), count)), count
+    return list(READERS[source]([path], Namespace(**{"split": None, **flags}), count)), count
 
 
 def write(path, text):
@@ -118,6 +118,15 @@ def test_summarize(tmp_path):
         ("News.\n\nTL;DR:", [" long", " short"], [1, 0])]
     assert records[0]["group"] == records[2]["group"] != records[1]["group"]
     assert count.dropped.total() == 1
+
+
+def test_the_published_splits_of_summaries_do_not_mix(tmp_path):
+    record = {"info": {"article": "News."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
+    path = write_jsonl(tmp_path / "batch3.json", [{**record, "split": split} for split in ("train", "valid1")])
+    with pytest.raises(InputError, match="holds the splits train, valid1; choose one of them by --split"):
+        read("summarize", path)
+    records, count = read("summarize", path, split="train")
+    assert len(records) == 1 and count.dropped == {"records of other splits than train": 1}
 
 
 def test_hellaswag(tmp_path):

@@ -5,6 +5,7 @@ Each function reads the files of one split and yields comparisons {"context", "c
 either all trained on or all held out.
 """
 from data.comparisons import hash64, parse
+from data.errors import InputError
 from data.sources.count import LeftOut, converted_records
 
 TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -88,9 +89,25 @@ def summarize(paths, args, count):
     """Learn to Summarize: two summaries of an article (news) or post (Reddit), and which one people chose.
 
     The group is a hash of the text that was summarised, because each has many comparisons. Its id will not
-    do: ids repeat in files from different sources.
+    do: ids repeat in files from different sources. Raises InputError where records are of several published
+    splits, which a field says, and --split does not choose one.
     """
-    return converted_records(paths, count, _summaries)
+    splits = set()
+
+    def convert(record):
+        splits.add(record.get("split"))
+        if not args.split and len(splits) > 1:
+            raise InputError(f"{paths[0]}: holds the splits {', '.join(sorted(map(str, splits)))}; choose one "
+                             "of them by --split")
+        if args.split and record.get("split") != args.split:
+            raise LeftOut(f"records of other splits than {args.split}")
+        return _summaries(record)
+    return converted_records(paths, count, convert)
+
+
+def add_split_flag(parser):
+    parser.add_argument("--split", help='of the published batches: read the records with this "split" (train, '
+                        "valid1 or valid2)")
 
 
 def _summaries(record):
