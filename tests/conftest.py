@@ -47,6 +47,7 @@ def _script(name, flags, env, folder, before):
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     sys.path.insert(0, str(ROOT))
     sys.argv = [str(ROOT / name), *flags]
     if before:
