@@ -167,8 +167,7 @@ def main():
         evaluate=evaluate, where=where, unit="tokens", resumed_from=resumed[2] if resumed else None,
         meta={"kind": "lm", "objective": "distillation", "lm_lr": lm_lr, "prompt": prompt_name,
               "kl_before": kl_before, "data": content_key(text_files + dialogue_files),
-              "trained_on": trainer.trained_on({"trained_on": trainer.trained_on(meta, text_files, HELD_OUT)},
-                                               dialogue_files, HELD_OUT)})
+              "trained_on": trainer.trained_on(meta, [text_files, dialogue_files], HELD_OUT)})
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def main():
         args, ranks, model, tokenizer, n_steps=n_steps, lr=lr, micro_batches=micro_batches, loss=loss,
         evaluate=evaluate, where=where, unit="tokens", resumed_from=meta if resumed else None,
         meta={"kind": "lm", "objective": "lm", "lm_lr": lr, "data": content_key(files),
-              "trained_on": trainer.trained_on(meta, files, args.held_out)})
+              "trained_on": trainer.trained_on(meta, [files], args.held_out)})
 
 
 def windows(text, starts, ctx):

@@ -174,7 +174,7 @@ def main():
         largest=largest,
         meta={"kind": "pm" if wants_head else "lm", "objective": args.objective, "lm_lr": lm_lr,
               "eoc": not args.no_eoc, "binarised": args.binarise, "data": content_key(files),
-              "trained_on": trainer.trained_on(earlier_meta, files, args.held_out)})
+              "trained_on": trainer.trained_on(earlier_meta, [files], args.held_out)})
 
 
 def check_flags(args):

@@ -39,14 +39,17 @@ RESUME_MAY_CHANGE = {"device", "micro_tokens", "compile", "recompute", "shard", 
 MODEL_FILES = *checkpoint.FILES, "*.safetensors*", "step-[0-9]*"
 
 
-def trained_on(earlier, files, held_out):
+def trained_on(earlier, sets, held_out):
     """What a checkpoint remembers of the files that it and its ancestors were trained on, so that evaluation
     can keep to the held-out groups: a list of {"file", "digest" of the content, "held_out" fraction of the
-    groups, "data" key of all files that were read together}.
+    groups, "data" key of all files that were read together}. sets: the files of each set that was read by
+    itself.
     """
-    data = content_key(files)
-    entries = [{"file": str(f), "digest": file_digest(f).hex(), "held_out": held_out, "data": data}
-               for f in files]
+    entries = []
+    for files in sets:
+        data = content_key(files)
+        entries += [{"file": str(f), "digest": file_digest(f).hex(), "held_out": held_out, "data": data}
+                    for f in files]
     return entries + [entry for entry in (earlier or {}).get("trained_on", []) if entry not in entries]
 
 

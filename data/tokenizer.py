@@ -181,12 +181,12 @@ class Tokenizer:
         """
         spec = with_eoc_behind(self.spec) if reward_at else self.spec
         name_of = {i: name for name, i in added_tokens(spec).items()}
-        settings = {"bos_token": self.settings.get("bos_token"), "chat_template": self.template}
+        kept = {"bos_token": self.settings.get("bos_token"), "chat_template": self.template}
+        settings = {name: value for name, value in kept.items() if value}
         if reward_at is not None:
             body, end = (self.template, self.chat.end) if self.chat else (PLAIN, "")
             settings |= {"base_chat_template": self.template,
                          "chat_template": reward_template(body, end, reward_at)}
-        settings = {name: value for name, value in settings.items() if value or name == "base_chat_template"}
         settings |= {"eos_token": name_of[self.eos], "pad_token": name_of[self.eot],
                      "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                      "model_input_names": ["input_ids", "attention_mask"]}

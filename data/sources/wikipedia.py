@@ -124,8 +124,9 @@ def _reverted_edits(before, revision):
 def _is_counter_revert(before, revision):
     """True if somebody restores text of his own that another one had reverted, as vandals do."""
     author = next(earlier.contributor for earlier in before if earlier.text == revision.text)
-    was_reverted = _reverted_edits(list(before)[:-1], before[-1])
-    return author is not None and author == revision.contributor and bool(was_reverted)
+    if author is None or author != revision.contributor:
+        return False
+    return bool(_reverted_edits(list(before)[:-1], before[-1]))
 
 
 def _comparison(title, edits, revision, args, to_plain):
